@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 from compiled import step
 from compiled.program_cache import ProgramCache
 from compiled.programs import Plan, Program, Programs, Shape, compile_plans, specs_of
-from compiled.shapes import COPY_PAGES, PENALTIES, ZERO_STATE, Buckets, DecodeShape, HeadShape, PrefillShape
+from compiled.shapes import (
+    COPY_PAGES,
+    PENALTIES,
+    READ_EXPERTS,
+    ZERO_STATE,
+    Buckets,
+    DecodeShape,
+    HeadShape,
+    PrefillShape,
+)
 from compiled.state import (
     MAX_REQUESTED_IDS,
     PAGE_COPIES,
@@ -70,6 +79,8 @@ def make_plans(model: BoundModel, buckets: Buckets, state: DeviceState, k: int) 
     plans.append(Plan(PENALTIES, set_penalties, arguments, (0,), result_specs=specs_of(state)))
     copies = PageCopies(_int32(PAGE_COPIES), _int32(PAGE_COPIES))
     plans.append(Plan(COPY_PAGES, step.copy_pages, (state, copies), (0,), result_specs=specs_of(state)))
+    if state.cache.experts is not None:
+        plans.append(Plan(READ_EXPERTS, step.read_experts, (state, _int32(PAGE_COPIES))))
     return [replace(plan, mesh=model.mesh) for plan in plans]
 
 
@@ -193,6 +204,11 @@ class ModelRunner:
     def copy_pages(self, copies: PageCopies) -> None:
         """Dispatch copies of pages [C]."""
         self._state = self._compiled(COPY_PAGES)(self._state, copies)
+
+    def read_experts(self, pages: NDArray[np.int32]) -> Array:
+        """Dispatch reading the experts [C, S, L, k] of the tokens in pages [C]; the result is on the device."""
+        experts: Array = self._compiled(READ_EXPERTS)(self._state, pages)
+        return _start_copy(experts)
 
     def set_penalties(self, slot: int, penalties: SlotPenalties) -> None:
         """Dispatch the replacement of a slot's bias, counts and seen tokens."""

@@ -54,6 +54,7 @@ class SingleShape:
 PENALTIES = SingleShape("penalties")  # sets the penalties of one slot
 ZERO_STATE = SingleShape("zero_state")  # creates an empty DeviceState
 COPY_PAGES = SingleShape("copy_pages")  # copies pages of the cache
+READ_EXPERTS = SingleShape("read_experts")  # returns the experts of cached tokens; of models with experts
 
 
 @dataclass(frozen=True, slots=True)

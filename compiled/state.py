@@ -10,7 +10,7 @@ from model.kv_cache import PagedCache
 from model.token_logprobs import NO_ID, Array, TokenLogprobs
 
 MAX_REQUESTED_IDS = 128  # B: ids per row whose log-probs a request may ask for, besides its top k
-PAGE_COPIES = 16  # C: pages that one call copies
+PAGE_COPIES = 16  # C: pages that one call copies, or whose experts it returns
 FROM_SLOT = -1  # token of a decode row: the last one chosen in its slot, which the host may not have read yet
 
 
@@ -117,6 +117,7 @@ class StepOutput:
     logprobs: TokenLogprobs
     processed: TokenLogprobs  # of the distribution sampled from; undefined for rows that do not ask for them
     allowed_logmass: Array  # [R] float32 log of the raw probability of the tokens that the mask allows, 0 if all are
+    experts: Array = None  # [R, L, k] of the token before each, as in PagedCache; None for a model without experts
 
 
 def mask_words(vocab_size: int) -> int:

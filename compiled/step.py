@@ -4,6 +4,7 @@ Logits never leave the device, except from `full_vocab_logprobs`: a step returns
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -24,7 +25,7 @@ from compiled.state import (
     StepInput,
     StepOutput,
 )
-from model.kv_cache import NULL_PAGE, PAGE_SIZE, PagedCache, live_rows
+from model.kv_cache import NULL_PAGE, PAGE_SIZE, PagedCache, addresses_of, live_rows
 from model.sharding import VocabAxis
 from model.token_logprobs import TokenLogprobs
 from model.transformer import BoundModel
@@ -69,6 +70,9 @@ def decode(
     logprobs = jax.tree.map(partial(_choose_rows, sampling.processed), sampled_from, raw)
     # The barrier orders the update of the counts after their last read: it is done in place, without a copy.
     output: StepOutput = jax.lax.optimization_barrier(StepOutput(chosen, logprobs, sampled_from, allowed_mass))
+    if cache.experts is not None:
+        addresses = addresses_of(step.tables, step.positions[:, None])
+        output = replace(output, experts=cache.experts[addresses.pages[:, 0], addresses.offsets[:, 0]])
     return DeviceState(cache, record_choice(slots, step.slots, output.tokens, axis)), output
 
 
@@ -104,13 +108,19 @@ def full_vocab_logprobs(model: BoundModel, leaves: Leaves, state: DeviceState, c
     return all_logprobs(logits, model.kernels, live, model.parallel.vocab_axis)
 
 
+def read_experts(state: DeviceState, pages: Array) -> Array:
+    """The experts [C, S, L, k] of the tokens in pages [C] int32."""
+    experts: Array = state.cache.experts[pages]
+    return experts
+
+
 def set_penalties(axis: VocabAxis, state: DeviceState, slot: Array, penalties: SlotPenalties) -> DeviceState:
     """Replace bias, counts and seen tokens of a slot ([] int32)."""
     return DeviceState(state.cache, set_slot_penalties(state.slots, slot, penalties, axis))
 
 
 def copy_pages(state: DeviceState, copies: PageCopies) -> DeviceState:
-    """Copy keys, values and hidden states of pages, one after another: a call with few copies is short."""
+    """Copy keys, values, experts and hidden states of pages, one after another: a call with few copies is short."""
 
     def copy_page(i: Array, cache: PagedCache) -> PagedCache:
         def copy(pages: Array) -> Array:

@@ -78,7 +78,7 @@ def _squares(model: BoundModel, leaves: tuple[Array, ...], tokens: Array, positi
     for i, (layer, layer_pages) in enumerate(zip(module.layers, cache.layers, strict=True)):
         watch(f"layers.{i}", layer)
         angles = rotary_angles(positions, model.config.head_dim, layer.attention.kind.rope)
-        x, _ = layer(x, angles, layer_pages, addresses)
+        x, _, _ = layer(x, angles, layer_pages, addresses)
     hidden = module.norm(x, addresses.live)
     record("embed.weight" if module.head is None else "head.weight", hidden)
     return sums

@@ -1,9 +1,10 @@
-"""The paged cache: keys, values and final hidden states of every cached token.
+"""The paged cache: keys, values, chosen experts and final hidden states of every cached token.
 
 A page holds S tokens. Page 0 belongs to no row: padding writes there. A row's block table lists its pages in order, so
 token t of a row is in page `table[t // S]` at offset `t % S`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -91,6 +92,9 @@ class PagedCache:
 
     layers: tuple[Any, ...]  # L LayerPages
     hidden: Any  # [N, S, D'] after the final norm, for the head to score them later; D' is at least D
+    # [N, S, L, k] ids of each token's experts in each layer, the best first, 0 in layers without experts; None if no
+    # layer has any.
+    experts: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,24 +121,34 @@ class CacheLayout:
         split = jax.ShapeDtypeStruct((pages, shards * heads, PAGE_SIZE, lanes), self.kv_dtype)
         joined = jax.ShapeDtypeStruct((pages, PAGE_SIZE, shards * 2 * heads, lanes), self.kv_dtype)
         hidden = jax.ShapeDtypeStruct((pages, PAGE_SIZE, shards * self.hidden_size), self.hidden_dtype)
-        return self._cache(split, joined, hidden)
+        return self._cache(split, joined, hidden, self._experts(pages))
 
     def specs(self) -> PagedCache:
         """Its sharding: key/value heads and the features of hidden states are sharded."""
         split, joined = PartitionSpec(None, TENSOR), PartitionSpec(None, None, TENSOR)
-        return self._cache(split, joined, joined)
+        experts = None if self.parallel.config.experts is None else PartitionSpec()
+        return self._cache(split, joined, joined, experts)
 
     @property
     def bytes_per_page(self) -> int:
-        """Bytes of one page on each device: all layers and the hidden states."""
+        """Bytes of one page on each device: all layers, the ids of experts and the hidden states."""
         heads, lanes = self._stored_heads()
         layers = 2 * self.parallel.local.num_layers * heads * lanes * jnp.dtype(self.kv_dtype).itemsize
-        return PAGE_SIZE * (layers + self.hidden_size * jnp.dtype(self.hidden_dtype).itemsize)
+        hidden = self.hidden_size * jnp.dtype(self.hidden_dtype).itemsize
+        experts = self._experts(1)
+        return PAGE_SIZE * (layers + hidden) + (0 if experts is None else experts.size * experts.dtype.itemsize)
 
-    def _cache(self, split: Any, joined: Any, hidden: Any) -> PagedCache:
+    def _experts(self, pages: int) -> jax.ShapeDtypeStruct | None:
+        config = self.parallel.config
+        if config.experts is None:
+            return None
+        dtype = jnp.uint8 if config.experts.count <= 1 << 8 else jnp.int16
+        return jax.ShapeDtypeStruct((pages, PAGE_SIZE, config.num_layers, config.experts.per_token), dtype)
+
+    def _cache(self, split: Any, joined: Any, hidden: Any, experts: Any) -> PagedCache:
         config = self.parallel.local
         layer = JoinedPages(joined, config.num_kv_heads) if self.is_joined else SplitPages(split, split)
-        return PagedCache((layer,) * config.num_layers, hidden)
+        return PagedCache((layer,) * config.num_layers, hidden, experts)
 
     def _stored_heads(self) -> tuple[int, int]:
         """Number of key/value heads that one shard stores, and elements of each."""
@@ -175,3 +189,12 @@ def write_hidden(pages: Array, hidden: Array, addresses: Addresses) -> Array:
     """pages [N, S, D'] with hidden [R, T, D] stored at their tokens' addresses, padded with zeros."""
     hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, pages.shape[2] - hidden.shape[2])))
     return pages.at[addresses.pages, addresses.offsets].set(hidden.astype(pages.dtype), mode="drop")
+
+
+def write_experts(pages: Array | None, experts: Sequence[Array | None], addresses: Addresses) -> Array | None:
+    """pages [N, S, L, k] with the experts [R, T, k] of each layer, None without any, at their tokens' addresses."""
+    if pages is None:
+        return None
+    none = jnp.zeros((*addresses.positions.shape, pages.shape[3]), pages.dtype)
+    layers = jnp.stack([none if ids is None else ids.astype(pages.dtype) for ids in experts], axis=2)
+    return pages.at[addresses.pages, addresses.offsets].set(layers, mode="drop")

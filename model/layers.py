@@ -92,8 +92,7 @@ def _norm_heads(heads: Array, norm: RMSNorm, live: Array | None) -> Array:
     """Normalize heads [R, T, h, E] one by one, or all heads of a token together: as many elements as `norm` has."""
     R, T, h, E = heads.shape
     rows = heads.reshape(-1, norm.weight.get_value().shape[0])
-    per_token = rows.shape[0] // (R * T)
-    return norm(rows, None if live is None else live * per_token).reshape(R, T, h, E)
+    return norm(rows, None if live is None else live * (rows.shape[0] // (R * T))).reshape(R, T, h, E)
 
 
 class MLP(nnx.Module):
@@ -136,8 +135,8 @@ class ExpertMLP(nnx.Module):
         self.activation = config.traits.activation
         self.parallel, self.dtype, self.kernels = spec.parallel, spec.dtype, spec.kernels
 
-    def __call__(self, x: Array, live: Array | None = None) -> Array:
-        """x [R, T, D] -> [R, T, D]; `live` as in Linear."""
+    def __call__(self, x: Array, live: Array | None = None) -> tuple[Array, Array]:
+        """x [R, T, D] -> [R, T, D], and the ids [R, T, k] int32 of each token's experts; `live` as in Linear."""
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         live = all_live(rows) if live is None else live
         logits = router_logits(rows, self.router.weight.get_value(), self.kernels, live)
@@ -153,8 +152,8 @@ class ExpertMLP(nnx.Module):
         y = expert_matmul(hidden, self.down.weight.get_value(), routes, self.kernels)
         down_bias = _bias_of(self.down)  # of one shard only, since the shards' sums are added
         y = add_biases(y, None if down_bias is None else self.parallel.once(down_bias), routes)
-        y = combine(y, routes, live, self.kernels)
-        return (self.parallel.psum(y) if self.parallel.shards > 1 else y).reshape(x.shape)
+        y = self.parallel.psum(combine(y, routes, live, self.kernels))
+        return y.reshape(x.shape), routes.ids.reshape(*x.shape[:-1], -1)
 
 
 def _bias_of(linear: Linear) -> Array | None:
@@ -187,16 +186,17 @@ class Layer(nnx.Module):
 
     def __call__(
         self, x: Array, angles: tuple[Array, Array], pages: LayerPages, addresses: Addresses
-    ) -> tuple[Array, LayerPages]:
-        """x [R, T, D] -> [R, T, D] and this layer's pages with the new tokens stored."""
+    ) -> tuple[Array, LayerPages, Array | None]:
+        """x [R, T, D] -> [R, T, D], this layer's pages with the new tokens, and the ids of experts as of ExpertMLP."""
         live = addresses.live
         with jax.named_scope("attention"):
             normed = _apply(self.attention_norm, x, live)
             y, pages = self.attention(normed, angles, pages, addresses)
             x = self._add(x, _apply(self.attention_post_norm, y, live))
         with jax.named_scope("mlp"):
-            y = self.mlp(normed if self.is_parallel else _apply(self.mlp_norm, x, live), live)
-            return self._add(x, _apply(self.mlp_post_norm, y, live)), pages
+            normed = normed if self.is_parallel else _apply(self.mlp_norm, x, live)
+            y, experts = self.mlp(normed, live) if isinstance(self.mlp, ExpertMLP) else (self.mlp(normed, live), None)
+            return self._add(x, _apply(self.mlp_post_norm, y, live)), pages, experts
 
     def _add(self, x: Array, y: Array) -> Array:
         return x + (y if self.residual_scale == 1 else y * jnp.float32(self.residual_scale))

@@ -18,7 +18,7 @@ from model.activations import soft_cap
 from model.attention import rotary_angles
 from model.config import ModelConfig
 from model.kernels.dispatch import Kernels
-from model.kv_cache import CacheLayout, PagedCache, addresses_of, write_hidden
+from model.kv_cache import CacheLayout, PagedCache, addresses_of, write_experts, write_hidden
 from model.layers import Layer
 from model.linear import Linear, ModelSpec, Weight, matmul, take_rows
 from model.norms import norm_of
@@ -82,7 +82,7 @@ class Transformer(nnx.Module):
         self.head = None if config.tie_word_embeddings else Linear(config.vocab_size, config.hidden_size, spec)
 
     def __call__(self, tokens: Array, positions: Array, tables: Array, cache: PagedCache) -> tuple[Array, PagedCache]:
-        """Run new tokens of R rows and store their keys, values and final hidden states.
+        """Run new tokens of R rows and store their keys, values, experts and final hidden states.
 
         Args:
             tokens: [R, T] int32.
@@ -98,13 +98,15 @@ class Transformer(nnx.Module):
         angles = {rope: rotary_angles(positions, self.config.head_dim, rope) for rope in ropes}
         x = self.embed(tokens)
         layers = list(cache.layers)
+        experts: list[Array | None] = []  # of each layer
         run = traced_once(Layer.__call__)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, layers[i] = run(layer, x, angles[layer.attention.kind.rope], layers[i], addresses)
+                x, layers[i], chosen = run(layer, x, angles[layer.attention.kind.rope], layers[i], addresses)
+                experts.append(chosen)
         hidden = self.norm(x, addresses.live)
         pages = write_hidden(cache.hidden, self.spec.parallel.shard_hidden(hidden), addresses)
-        return hidden, PagedCache(tuple(layers), pages)
+        return hidden, PagedCache(tuple(layers), pages, write_experts(cache.experts, experts, addresses))
 
     def logits(self, hidden: Array, live: Array | None = None) -> Array:
         """hidden [M, D] -> logits [M, V] float32, or a shard's columns of them; `live` as in Linear."""

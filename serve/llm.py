@@ -229,10 +229,10 @@ class LLM:
 
     def sampling_options(self, **options: Unpack[SamplingKeywords]) -> GenerationOptions:
         """Validated options, with the model's defaults. Raises as `generate`."""
-        return self.loaded.defaults.fill(make_options(options, self.loaded.limits.max_logprobs, GenerationOptions))
+        return self.loaded.defaults.fill(make_options(options, self.loaded.limits, GenerationOptions))
 
     def _chat_options(self, options: ChatKeywords) -> ChatOptions:
-        return self.loaded.defaults.fill(make_options(options, self.loaded.limits.max_logprobs, ChatOptions))
+        return self.loaded.defaults.fill(make_options(options, self.loaded.limits, ChatOptions))
 
     def close(self) -> None:
         """Abort running calls and stop the engine. Later calls raise EngineStoppedError."""

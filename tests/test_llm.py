@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast, get_type_hints
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from serve.server.model_files import StartupError
 from serve.text.chat import PromptError
 from serve.text.tokenizer import Tokenizer
 from tests.support.engines import assert_idle
+from tests.support.fake_runner import ROUTING, experts_after, hidden_after
 from tests.support.http_client import END, ScriptedRunner
 from tests.support.scoring import CONTEXT, expected_numbers, fake_load, scripted_runner
 
@@ -353,6 +355,21 @@ def test_structured_outputs(runner: ScriptedRunner, llm: LLM) -> None:
     assert output.text == "1"
     [output] = llm.generate("a", max_tokens=1)
     assert (output.allowed_mass, output.forced, output.processed_logprobs) == (None, None, None)
+
+
+def test_routed_experts(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="return_routed_experts: the model has no experts"):
+        llm.generate("a", return_routed_experts=True)
+    loaded = dataclasses.replace(llm.loaded, limits=dataclasses.replace(llm.loaded.limits, routing=ROUTING))
+    with patch.object(llm, "loaded", loaded):
+        outputs = llm.generate([[5, 17], [9] * 70], n=2, return_routed_experts=True)
+        [chat] = llm.chat([USER], return_routed_experts=True, max_tokens=2)
+        [without] = llm.generate("a")
+    for output in (*outputs, chat):
+        tokens = [*output.prompt_token_ids, *output.token_ids][:-1]
+        expected = experts_after([hidden_after(tokens[: n + 1]) for n in range(len(tokens))])
+        np.testing.assert_array_equal(output.routed_experts, expected)
+    assert without.routed_experts is None
 
 
 async def test_stream_chat_follows_a_grammar(runner: ScriptedRunner, llm: LLM) -> None:

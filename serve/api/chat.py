@@ -150,7 +150,7 @@ class ChatCompletions(ChatHandler[ChatCompletionRequest], ChoicesHandler[ChatCom
             return [choice_fields(job, choice, delta, {"delta": {"content": delta.text}}, logprobs)]
         writer = choice.writer = choice.writer or _writer(job, reply)
         deltas = writer.deltas(delta.parts, _values(choice, delta))
-        if not deltas and (logprobs or delta.finish_reason or job.body.return_token_ids):
+        if not deltas and (logprobs or delta.finish_reason or delta.experts or job.body.return_token_ids):
             deltas = [{}]
         chunks = []
         for i, fields in enumerate(deltas):

@@ -62,6 +62,7 @@ class Choice:
     alternatives: int | None  # per generated token; None without log-probs
     handle: RequestHandle | None = None  # once it is admitted
     num_tokens: int = 0  # generated so far
+    num_experts: int = 0  # tokens whose experts have been rendered
     columns: CompletionLogprobs | None = None  # of a completion whose first delta has been rendered
     writer: ReplyWriter | None = None  # of a chat with a reply format whose first delta has been rendered
 

@@ -33,6 +33,7 @@ from serve.api.validation import (
     check_prompt_logprobs,
     check_requested_ids,
     check_start,
+    read_experts_start,
     read_prompt_logprobs,
     served_name,
 )
@@ -125,7 +126,8 @@ class Handler[B: GenerationRequest](ABC):
         copies = (body.n or 1) if self.repeats_prompt_logprobs and not body.stream else 1
         check_prompt_logprobs(prompt_logprobs, ids, copies, limits)
         check_start(body, ids)
-        choices = self._choices(body, record, prompts, prompt_logprobs, alternatives)
+        experts_start = read_experts_start(body, ids, limits)
+        choices = self._choices(body, record, prompts, prompt_logprobs, alternatives, experts_start)
         record.measure = lambda: work_of(choices)
         unsent = Unsent(
             Holding(context.unsent, record.key),
@@ -186,11 +188,13 @@ class Handler[B: GenerationRequest](ABC):
         prompts: Sequence[Prompt],
         requested: PromptLogprobs,
         alternatives: int | None,
+        experts_start: int | None,
     ) -> list[Choice]:
         """n choices per prompt, in the order of their indices."""
         config, tokenizer = self._context.config, self._context.model.tokenizer
         mode = body.logprobs_mode or config.logprobs_mode
         shared = sampling_params(body, tokenizer, self._context.engine.limits, processed=mode == "processed_logprobs")
+        shared = replace(shared, experts_start=experts_start)
         salt = record.cache_salt(body.cache_salt, per_key=config.prefix_cache_per_key)
         priority = record.priority(body.priority or 0)
         deadline = record.deadline(body.timeout, config.request_timeout)

@@ -1,11 +1,15 @@
 """Job: a validated request, and the parts of its response that chat and completions share."""
 
+import base64
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from serve.api.context import Context
+from serve.api.errors import engine_error
 from serve.api.generation import Choice, Prompt, output_logprobs
 from serve.api.logprobs import TokenDetails, TokenNames
 from serve.api.parsing import PROMPT_FIELDS
@@ -52,7 +56,30 @@ def choice_fields(
         fields["stop_reason"] = output.stop_reason
     if job.body.return_token_ids or not job.body.stream:
         fields["token_ids"] = output.token_ids if job.body.return_token_ids else None
+    if (experts := _routed_experts(choice, output)) is not None:
+        fields["routed_experts"] = experts
     return fields
+
+
+def _routed_experts(choice: Choice, output: Output) -> dict[str, Any] | None:
+    """The experts of the next tokens of a choice, `data` first, as some clients expect; None if there are none.
+
+    Raises:
+        APIError: 500, the engine returned those of more or fewer tokens.
+    """
+    first = choice.request.params.experts_start
+    if first is None:
+        return None
+    before = 0 if choice.num_experts else len(choice.prompt.ids) - 1 - first  # of the prompt, without its last token
+    if sum(map(len, output.experts)) != before + len(output.token_ids):
+        raise engine_error("The engine returned the experts of the wrong number of tokens.")
+    if not output.experts:
+        return None
+    experts = np.concatenate(output.experts)
+    start = first + choice.num_experts
+    choice.num_experts += len(experts)
+    data = base64.b64encode(experts.astype("<i2", copy=False).tobytes()).decode()
+    return {"data": data, "shape": experts.shape, "start": start, "dtype": "int16"}
 
 
 def token_details(job: Job[Any], choice: Choice, output: Output) -> TokenDetails:

@@ -82,6 +82,8 @@ class GenerationRequest(OutputFields, GrammarAliases):
     truncation_side: Literal["left", "right"] | None = None
     request_id: RequestId | None = None
     return_token_ids: bool | None = None
+    return_routed_experts: bool | None = None
+    routed_experts_prompt_start: Count | None = None
     echo: bool | None = None
 
 

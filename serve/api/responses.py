@@ -111,6 +111,18 @@ class _Header(Answer):
     logprobs_mode: LogprobsMode | None = None
 
 
+class RoutedExperts(Answer):
+    """Ids of the experts of tokens of the prompt and the output: int16, little-endian, in C order."""
+
+    data: Annotated[str, Field(description="in base64", json_schema_extra={"contentEncoding": "base64"})]
+    shape: Annotated[
+        list[int],
+        Field(description="tokens, layers and experts per token, the best first; 0 in layers without experts"),
+    ]
+    start: Annotated[int, Field(description="index of the first token in prompt and output")]
+    dtype: Literal["int16"]
+
+
 _AnswerStart = Annotated[int | None, Field(description="token at which the answer after the reasoning starts")]
 
 
@@ -121,6 +133,7 @@ class ChatChoiceAnswer(Answer):
     finish_reason: _ChatFinishReason
     stop_reason: str | int | None
     token_ids: list[int] | None
+    routed_experts: RoutedExperts | None = None
     answer_start: _AnswerStart = None
 
 
@@ -142,6 +155,7 @@ class ChatChunkChoice(Answer):
     finish_reason: _ChatFinishReason | None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
+    routed_experts: RoutedExperts | None = None
     answer_start: _AnswerStart = None
 
 
@@ -179,6 +193,7 @@ class CompletionChunkChoice(Answer):
     stop_reason: str | int | None = None
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None
+    routed_experts: RoutedExperts | None = None
     prompt_logprobs: PromptEntries | None = None
     prompt_logprobs_columns: PromptColumns | None = None
 

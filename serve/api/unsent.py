@@ -1,5 +1,6 @@
 """Unsent: the memory of one answer from its generation until it is sent."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ _ARRAYS = 12  # of a log-prob: float32, id, rank
 _JSON = 100  # of a log-prob
 _TOKEN = 64  # id and text
 _ID, _CHARACTER = 8, 2  # of a repeated prompt, as JSON
+_EXPERT_ARRAY, _EXPERT_JSON = 2, 3  # of an expert's id: int16, base64
 _VOCAB_ROW = 100  # of each token in a row of the full vocabulary: JSON, and eight rows of float32
 
 
@@ -28,7 +30,8 @@ def unsent_bytes(config: ServeConfig, limits: EngineLimits) -> int:
         ValueError: the option is too small for one key's answer of full length.
     """
     width = limits.max_logprobs + 1
-    least = 2 * min(limits.max_model_len, limits.cache_tokens) * (_TOKEN + (_ARRAYS + _JSON) * width)
+    token = _TOKEN + (_ARRAYS + _JSON) * width + (_EXPERT_ARRAY + _EXPERT_JSON) * math.prod(limits.routing or (0,))
+    least = 2 * min(limits.max_model_len, limits.cache_tokens) * token
     if limits.full_vocab:
         least += 2 * _VOCAB_ROW * limits.vocab_size
     if config.max_unsent_bytes is None:
@@ -127,14 +130,23 @@ class Unsent:
 
     def _choice_bytes(self, choice: Choice, tokens: int) -> int:
         alternatives = len(choice.request.params.requested_ids) or self.limits.max_logprobs
-        return tokens * (_TOKEN + (0 if choice.alternatives is None else _width(alternatives)) * _ARRAYS)
+        own = tokens * (_TOKEN + (0 if choice.alternatives is None else _width(alternatives)) * _ARRAYS)
+        return own + _EXPERT_ARRAY * self._experts(choice, tokens)
 
     def _json_bytes(self, choice: Choice, tokens: int) -> int:
         requested = self.requested
         repeated = requested.k if self.repeats and not requested.full_vocab else None
         width, prompt_width = _width(choice.alternatives), _width(repeated) + _width(requested.echo_k)
         prompt = len(choice.prompt.ids) * (prompt_width * _JSON + (_ID if self.token_ids and self.repeats else 0))
-        return tokens * (_TOKEN + width * _JSON) + prompt + len(choice.prompt.echo.text) * _CHARACTER
+        own = tokens * (_TOKEN + width * _JSON) + _EXPERT_JSON * self._experts(choice, tokens)
+        return own + prompt + len(choice.prompt.echo.text) * _CHARACTER
+
+    def _experts(self, choice: Choice, tokens: int) -> int:
+        """Number of ids of experts in a choice with `tokens` generated tokens."""
+        start = choice.request.params.experts_start
+        if start is None or self.limits.routing is None:
+            return 0
+        return (len(choice.prompt.ids) - start + tokens) * math.prod(self.limits.routing)
 
 
 def _width(alternatives: int | None) -> int:

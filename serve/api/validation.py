@@ -175,6 +175,25 @@ def check_start(body: GenerationRequest, prompts: Sequence[Sequence[int]]) -> No
         raise invalid("prompt_logprobs_start", message)
 
 
+def read_experts_start(body: GenerationRequest, prompts: Sequence[Sequence[int]], limits: EngineLimits) -> int | None:
+    """Index of the first prompt token whose experts are returned; None if those of no token are.
+
+    Raises:
+        APIError: 400 that names a field.
+    """
+    start, param = body.routed_experts_prompt_start or 0, "routed_experts_prompt_start"
+    if not body.return_routed_experts:
+        if start:
+            raise invalid(param, f"`{param}` needs `return_routed_experts`.")
+        return None
+    if limits.routing is None:
+        raise unsupported("return_routed_experts", "`return_routed_experts`: the model has no experts.")
+    if start >= min(map(len, prompts)):
+        message = f"`{param}` is {start}, but the shortest prompt has {min(map(len, prompts))} tokens."
+        raise invalid(param, message)
+    return start
+
+
 def check_grammar_start(body: GenerationRequest, grammar: object, prompts: Sequence[Sequence[int]]) -> None:
     """Check that `grammar_start` is within the only prompt of a request with a grammar."""
     start, param = body.grammar_start, "grammar_start"

@@ -55,6 +55,16 @@ def page_copies(copies: Sequence[tuple[int, int]]) -> PageCopies:
     return PageCopies(sources, targets)
 
 
+def prompt_pages(request: RequestState) -> list[NDArray[np.int32]]:
+    """Pages [C], padded with the null page, of the prompt's tokens from `experts_start` on but the last one."""
+    start, end = request.params.experts_start, len(request.prompt_token_ids) - 1
+    if start is None or start >= end:
+        return []
+    pages = np.asarray(request.pages[start // PAGE_SIZE : -(-end // PAGE_SIZE)], np.int32)
+    padded = np.pad(pages, (0, -len(pages) % PAGE_COPIES), constant_values=NULL_PAGE)
+    return [*padded.reshape(-1, PAGE_COPIES)]
+
+
 def decode_input(rows: Sequence[DecodeRow], shape: DecodeShape, padding_slot: int) -> DecodeInput:
     """The token before each row's as [R]."""
     tokens = np.zeros(shape.rows, np.int32)

@@ -35,7 +35,7 @@ from serve.engine.request import FinishReason, TokenEvent
 from serve.engine.request_state import Emitted, RequestState, RequestStatus
 from serve.engine.schedule import Schedule
 from serve.engine.scheduler import Scheduler
-from serve.engine.step import Chosen, Step, ending, token_event, write_prompt_logprobs
+from serve.engine.step import Chosen, Step, ending, token_event, write_prompt_experts, write_prompt_logprobs
 from serve.engine.token_mask import TokenMask
 
 _NAN_ERROR = "the model computed a log-probability that is not a number"
@@ -44,7 +44,8 @@ _NAN_ERROR = "the model computed a log-probability that is not a number"
 class Runner(Protocol):
     """Runs steps on a device: `compiled.runner.ModelRunner`, or a fake with simple arithmetic.
 
-    prefill, decode and score dispatch work and return arrays for read(). The caller does not modify inputs afterwards.
+    prefill, decode, score and read_experts dispatch work and return arrays for read(). The caller does not modify
+    inputs afterwards.
     """
 
     buckets: Buckets
@@ -57,6 +58,7 @@ class Runner(Protocol):
     def set_penalties(self, slot: int, penalties: SlotPenalties) -> None: ...
     def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput: ...
     def score(self, inputs: ScoreInput) -> TokenLogprobs: ...
+    def read_experts(self, pages: NDArray[np.int32]) -> Any: ...
     def read(self, tree: Any) -> Any: ...
     def full_vocab_logprobs(self, cache_indices: NDArray[np.int32]) -> NDArray[np.float32]: ...
     def reset(self) -> None: ...
@@ -195,6 +197,9 @@ class EngineCore:
         for start in range(0, len(rows), size):
             block = rows[start : start + size]
             step.blocks.append((block, self._runner.score(batch.score_input(block, size))))
+        for request in (*schedule.started, *schedule.scored):
+            if request.prompt_experts is None and (pages := batch.prompt_pages(request)):
+                step.experts.append((request, [self._runner.read_experts(part) for part in pages]))
         for request in schedule.started:
             if request.params.adjusts:
                 self._runner.set_penalties(request.slot, batch.slot_penalties(request, self._runner.vocab_size))
@@ -215,6 +220,8 @@ class EngineCore:
             self._runner.read(step.prefilled)  # no result is needed, but the host must not run ahead of the device
         for block, logprobs in step.blocks:
             write_prompt_logprobs(block, self._runner.read(logprobs))
+        for request, blocks in step.experts:
+            write_prompt_experts(request, [self._runner.read(block) for block in blocks])
         for request in step.scored:
             if request.status is not RequestStatus.FINISHED:
                 self._emitted.append(self._finalize(request, TokenEvent(), FinishReason.LENGTH))
@@ -262,6 +269,9 @@ class EngineCore:
         event.cached_tokens = request.num_cached or 0
         if len(request.output_token_ids) == len(event.token_ids):
             event.prompt_logprobs = request.prompt_logprobs
+            if request.prompt_experts is not None:
+                parts = [request.prompt_experts, *([] if event.experts is None else [event.experts])]
+                event.experts = np.concatenate(parts)
         scoring, logprobs = request.params.prompt, event.prompt_logprobs
         failed = has_nan(event.logprobs)
         if logprobs is not None and scoring is not None:

@@ -52,6 +52,7 @@ class EngineLimits:
     cache_tokens: int  # capacity of the page cache in tokens; a request that needs more can never run
     max_requested_ids: int  # B, maximum length of logprob_token_ids and prompt_logprob_token_ids
     full_vocab: bool  # PromptScoring.full_vocab is available
+    routing: tuple[int, int] | None = None  # L and k of TokenEvent.experts; None: the model has no experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ class SamplingParams:
     return_processed: bool = False  # those of the sampling distribution are returned, too, as TokenEvent.processed
     grammar: Grammar | None = None  # of the output; combined with the other constraints
     prompt: PromptScoring | None = None
+    experts_start: int | None = None  # index of the first prompt token whose experts are returned; None: of no token
 
     @property
     def adjusts(self) -> bool:
@@ -123,6 +125,9 @@ class TokenEvent:
     forced: list[bool] = field(default_factory=list)  # per token id: the grammar allowed no other
     # In the first event only. Row i scores prompt token i + 1; rows before PromptScoring.start - 1 are undefined.
     prompt_logprobs: TokenLogprobs | None = None
+    # With SamplingParams.experts_start, [n, L, k]: the ids of the experts of the token before each token id, the best
+    # first, 0 in layers without experts. In the first event those of all tokens from `experts_start` on.
+    experts: NDArray[np.int16] | None = None
     cached_tokens: int = 0  # prompt tokens found in the prefix cache; equal in all events of a request
     error: str | None = None  # with FinishReason.ERROR, a message that clients may see
     grammar_failed: bool = False  # with FinishReason.ERROR: the request's own constraints allow no token

@@ -4,6 +4,9 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from model.token_logprobs import TokenLogprobs
 from serve.engine.request import Request, SamplingParams, TokenEvent
 
@@ -50,6 +53,9 @@ class RequestState:
     num_cached: int | None = None  # prompt tokens found in the prefix cache when the request first ran
     num_scored: int = 0  # leading rows of prompt_logprobs that are filled, or will be by steps in flight
     prompt_logprobs: TokenLogprobs | None = None
+    prompt_experts: NDArray[np.int16] | None = (
+        None  # [n, L, k] from SamplingParams.experts_start on, but the last token
+    )
 
     @property
     def id(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from compiled.state import StepOutput
+from model.kv_cache import PAGE_SIZE
 from model.token_logprobs import TokenLogprobs
 from serve.engine.batch import ScoreRow
 from serve.engine.logprob_store import select_logprobs, write
@@ -31,6 +32,7 @@ class Step:
 
     prefilled: Any = None  # ready when the chunks are computed
     blocks: list[tuple[Sequence[ScoreRow], TokenLogprobs]] = field(default_factory=list)
+    experts: list[tuple[RequestState, list[Any]]] = field(default_factory=list)  # of the pages of prompts
     scored: list[RequestState] = field(default_factory=list)
     rows: list[DecodeRow] = field(default_factory=list)
     output: StepOutput | None = None
@@ -55,6 +57,7 @@ def token_event(chosen: Chosen, output: StepOutput) -> TokenEvent:
         allowed_mass=np.exp(output.allowed_logmass[rows]),
         forced=[index < chosen.num_forced for index in range(len(tokens))],
         stop_token_id=tokens[-1] if tokens[-1] in params.stop_token_ids else None,
+        experts=None if params.experts_start is None else output.experts[rows].astype(np.int16),
     )
 
 
@@ -70,3 +73,13 @@ def write_prompt_logprobs(block: Sequence[ScoreRow], logprobs: TokenLogprobs) ->
         selected = select_logprobs(logprobs, slice(start, end), scoring.requested_ids)
         write(request.prompt_logprobs, slice(indices[0], indices[-1] + 1), selected)
         start = end
+
+
+def write_prompt_experts(request: RequestState, blocks: Sequence[Any]) -> None:
+    """Copy experts [C, S, L, k] of the pages of `batch.prompt_pages` to the request."""
+    start = request.params.experts_start
+    assert start is not None
+    pages = np.concatenate(blocks)
+    first = start % PAGE_SIZE
+    count = len(request.prompt_token_ids) - 1 - start
+    request.prompt_experts = pages.reshape(-1, *pages.shape[2:])[first : first + count].astype(np.int16)

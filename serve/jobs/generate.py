@@ -46,6 +46,7 @@ class GenerationOptions(SamplingFields, GrammarFields):
     logprobs: Annotated[int, Field(ge=0)] = 0  # alternatives of each generated token
     prompt_logprobs: Annotated[int, Field(ge=0)] | None = None  # alternatives of each prompt token
     return_processed_logprobs: bool = False
+    return_routed_experts: bool = False
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -63,6 +64,7 @@ class SamplingKeywords(SamplingFieldKeywords, total=False):
     logprobs: int
     prompt_logprobs: int | None
     return_processed_logprobs: bool
+    return_routed_experts: bool
     response_format: dict[str, Any] | None
     structured_outputs: StructuredOutputs | None
 
@@ -75,8 +77,8 @@ def as_list(value: Any) -> list[Any]:
     return [items] if items and isinstance(items[0], Integral | dict) else items
 
 
-def make_options[O: GenerationOptions](values: Mapping[str, Any], max_logprobs: int, kind: type[O]) -> O:
-    """Validate options; `max_logprobs` is the number of alternatives per token that the model computes.
+def make_options[O: GenerationOptions](values: Mapping[str, Any], limits: EngineLimits, kind: type[O]) -> O:
+    """Validate options against what the model computes.
 
     Raises:
         TypeError: a name is not an option; the message suggests the nearest.
@@ -92,8 +94,10 @@ def make_options[O: GenerationOptions](values: Mapping[str, Any], max_logprobs: 
         field, *inner = first["loc"] if first["loc"][0] == "tools" else first["loc"][:1]
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inner)
         raise ValueError(f"{field}{path}: {first['msg']}") from None
-    check_alternatives("logprobs", options.logprobs, max_logprobs)
-    check_alternatives("prompt_logprobs", options.prompt_logprobs, max_logprobs)
+    check_alternatives("logprobs", options.logprobs, limits.max_logprobs)
+    check_alternatives("prompt_logprobs", options.prompt_logprobs, limits.max_logprobs)
+    if options.return_routed_experts and limits.routing is None:
+        raise ValueError("return_routed_experts: the model has no experts")
     return options
 
 
@@ -146,6 +150,7 @@ class Generator:
             sampling_params(options),
             stop_token_ids=self._eos_token_ids,
             return_processed=options.return_processed_logprobs,
+            experts_start=0 if options.return_routed_experts else None,
         )
 
     async def stream(self, request: OutputRequest) -> AsyncGenerator[Output]:
@@ -228,6 +233,7 @@ class Generator:
             ),
             allowed_mass=np.array(output.allowed_mass, np.float32) if has_grammar else None,
             forced=output.forced if has_grammar else None,
+            routed_experts=np.concatenate(output.experts) if output.experts else None,
             **token_columns(self._tokenizer, output.token_ids, logprobs, starts_sequence=False),
         )
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model.token_logprobs import TokenLogprobs, empty_logprobs
 from serve.engine.request import TokenEvent
@@ -30,6 +31,7 @@ class Output:
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # stop string or stop token id that ended the text, unless it is EOS
     prompt_logprobs: TokenLogprobs | None = None
+    experts: list[NDArray[np.int16]] = field(default_factory=list)  # of TokenEvent.experts, in order
     # With an OutputSplitter, whose fields the last two are.
     parts: list[Part] = field(default_factory=list)
     answer_start: int | None = None
@@ -41,7 +43,7 @@ class Output:
         parts = (*self.logprobs, *self.processed)
         numbers: int = sum(len(part.logprob) * (1 + part.top_ids.shape[1]) for part in parts)
         tokens = _TOKEN_BYTES * len(self.token_ids) + _LOGPROB_BYTES * numbers + _MASS_BYTES * len(self.allowed_mass)
-        return tokens + _PART_BYTES * len(self.parts)
+        return tokens + _PART_BYTES * len(self.parts) + sum(part.nbytes for part in self.experts)
 
     def add(self, other: "Output") -> None:
         """Append the output of a later event."""
@@ -54,6 +56,7 @@ class Output:
         self.cached_tokens = other.cached_tokens
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
         self.prompt_logprobs = other.prompt_logprobs or self.prompt_logprobs
+        self.experts += other.experts
         self.parts += other.parts
         self.answer_start, self.reasoning_tokens = other.answer_start, other.reasoning_tokens
 
@@ -129,6 +132,7 @@ class OutputDecoder:
             stop_reason = None if event.stop_token_id in self._eos_token_ids else event.stop_token_id
         if reason is not None and self._splitter is not None:
             parts += self._splitter.push((), rest, is_complete=True)
+        dropped = len(event.token_ids) - count
         return Output(
             text=text,
             token_ids=event.token_ids[:count],
@@ -140,6 +144,7 @@ class OutputDecoder:
             finish_reason=reason,
             stop_reason=stop_reason,
             prompt_logprobs=event.prompt_logprobs,
+            experts=[] if event.experts is None else [event.experts[: len(event.experts) - dropped]],
             parts=parts,
             answer_start=self._splitter.answer_start if self._splitter else None,
             reasoning_tokens=self._splitter.reasoning_tokens if self._splitter else 0,

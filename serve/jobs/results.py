@@ -80,6 +80,9 @@ class Generation(Tokens):
     processed_logprobs: NDArray[np.float32] | None = field(repr=False)  # [n], with return_processed_logprobs
     allowed_mass: NDArray[np.float32] | None = field(repr=False)  # [n], of the tokens that a grammar allowed
     forced: list[bool] | None = field(repr=False)  # [n], the grammar allowed no other token
+    # [prompt + n - 1, layers, experts per token], with return_routed_experts: ids of the experts of each token but the
+    # last, which no step has computed; the best first, 0 in layers without experts.
+    routed_experts: NDArray[np.int16] | None = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

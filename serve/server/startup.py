@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from compiled.program_cache import ProgramCache, jax_cache_disabled
 from compiled.programs import RefusedError, Shape
 from compiled.runner import ModelRunner
-from compiled.shapes import COPY_PAGES, PENALTIES, ZERO_STATE, Buckets, make_buckets
+from compiled.shapes import COPY_PAGES, PENALTIES, READ_EXPERTS, ZERO_STATE, Buckets, make_buckets
 from compiled.state import MAX_REQUESTED_IDS
 from model.kernels.cpu.build import ensure_built
 from model.kernels.dispatch import Kernels, load_kernels
@@ -116,6 +116,7 @@ def load(options: EngineConfig, reporter: Reporter) -> Loaded:
         runner = _compile(model, buckets, plan.pages, config, cache, reporter)
     except RefusedError as error:
         raise StartupError(f"{files.source.name} cannot be compiled for this device: {error}") from error
+    experts = files.checkpoint.config.experts
     limits = EngineLimits(
         max_model_len=max_model_len,
         max_logprobs=runner.max_logprobs,
@@ -123,6 +124,7 @@ def load(options: EngineConfig, reporter: Reporter) -> Loaded:
         cache_tokens=plan.cache_tokens,
         max_requested_ids=MAX_REQUESTED_IDS,
         full_vocab=config.max_logprobs == -1,
+        routing=(files.checkpoint.config.num_layers, experts.per_token) if experts else None,
     )
     fingerprint = system_fingerprint(config, buckets, kernels_used(model))
     name = api_name(files.source.name)
@@ -169,6 +171,7 @@ def _compile(
 ) -> ModelRunner:
     # In the order in which the runner starts to compile them.
     shapes: tuple[Shape, ...] = (ZERO_STATE, *buckets.steps(), *buckets.heads(), PENALTIES, COPY_PAGES)
+    shapes += (READ_EXPERTS,) if model.config.experts else ()
     start = time.perf_counter()
     with reporter.compiling([shape.name for shape in shapes]) as on_compiled:
         k = config.computed_logprobs

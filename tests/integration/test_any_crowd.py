@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from compiled.runner import ModelRunner
-from compiled.shapes import Buckets
+from compiled.shapes import READ_EXPERTS, Buckets
 from model.token_logprobs import TokenLogprobs
 from serve.engine.core import EngineCore
 from serve.engine.request import (
@@ -116,9 +116,10 @@ class Answer:
     logprobs: list[tuple[bytes, ...]]
     prompt: tuple[bytes, ...] | None
     reason: FinishReason | None
+    experts: bytes
 
 
-def random_cases(random: Random) -> list[Case]:
+def random_cases(random: Random, *, has_experts: bool) -> list[Case]:
     beginnings = [[random.randrange(300) for _ in range(200)] for _ in range(3)]
     cases = []
     for i in range(REQUESTS):
@@ -139,6 +140,8 @@ def random_cases(random: Random) -> list[Case]:
             params = replace(params, allowed_token_ids=frozenset(random.sample(range(300), 40)))
         if random.random() < 0.2:
             params = replace(params, requested_ids=(7, 3, 299))
+        if has_experts:
+            params = replace(params, experts_start=i * 7 % len(prompt))
         leaves = i * 3 + random.randint(1, 30) if random.random() < 0.1 else None
         cases.append(Case(prompt, params, i * 3, leaves))
     return cases
@@ -165,7 +168,7 @@ def run(runner: ModelRunner, cases: list[Case], *, prefix_caching: bool) -> tupl
 
 
 def test_crowd_answers_equal_those_alone(small_runner: ModelRunner) -> None:
-    cases = random_cases(Random(11))
+    cases = random_cases(Random(11), has_experts=READ_EXPERTS in small_runner.programs)
     crowd, cached = run(small_runner, cases, prefix_caching=True)
     assert cached > 10
     for case, returned in zip(cases, crowd, strict=True):
@@ -173,8 +176,21 @@ def test_crowd_answers_equal_those_alone(small_runner: ModelRunner) -> None:
         if returned.reason is FinishReason.ABORT:
             assert returned.token_ids == alone.token_ids[: len(returned.token_ids)]
             assert returned.logprobs == alone.logprobs[: len(returned.logprobs)]
+            assert alone.experts.startswith(returned.experts)
         else:
             assert returned == alone
+
+
+def test_a_generated_token_has_the_experts_of_a_prompt_token(small_runner: ModelRunner) -> None:
+    if READ_EXPERTS not in small_runner.programs:
+        return
+    prompt = random_cases(Random(5), has_experts=True)[0].prompt[:40]
+    params = SamplingParams(50, temperature=0.0, experts_start=0)
+    ((generated,), _) = run(small_runner, [Case(prompt, params, 0, None)], prefix_caching=False)
+    again = Case([*prompt, *generated.token_ids], replace(params, max_tokens=0), 0, None)
+    ((scored,), _) = run(small_runner, [again], prefix_caching=False)
+    assert len(generated.experts) == 2 * (40 + 50 - 1) * 2 * 3
+    assert scored.experts == generated.experts
 
 
 def _answer_of(events: list[TokenEvent], start: int) -> Answer:
@@ -184,6 +200,7 @@ def _answer_of(events: list[TokenEvent], start: int) -> Answer:
         [_bits(event.logprobs) for event in events if event.token_ids],
         None if prompt is None else _bits(prompt[start - 1 :]),
         events[-1].finish_reason,
+        b"".join(event.experts.tobytes() for event in events if event.experts is not None),
     )
 
 

@@ -1,6 +1,7 @@
 """Mixtures of experts: the router's choice, products by expert, and the independence of a token from its company."""
 
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import pytest
 from jax import Array
 from safetensors.numpy import load_file, save_file
 
-from model.config import Experts
+from model.config import Experts, ModelConfig
+from model.config_hf import config_from_hf
 from model.experts import Routes, combine, expert_matmul, route
 from model.kernels import cpu
 from model.kernels.dispatch import Kernels, load_kernels
+from model.kv_cache import PAGE_SIZE, CacheLayout
 from model.layers import ExpertMLP
 from model.packed import PackedWeight
+from model.sharding import TensorParallel
 from model.transformer import BoundModel
 from model.weights.checkpoint import ModelLoadError
 from model.weights.loader import load_model
@@ -175,7 +179,7 @@ def test_a_token_has_the_same_bits_in_any_company(
     def run(leaves: tuple[Array, ...], x: Array, live: Array) -> Array:
         mlp = model.merge(leaves).layers[0].mlp
         assert isinstance(mlp, ExpertMLP)
-        return mlp(x[None], live)[0]
+        return mlp(x[None], live)[0][0]
 
     x = normal(TOKENS, 256)
     full = np.asarray(run(model.leaves, x, jnp.int32(TOKENS)))
@@ -186,6 +190,22 @@ def test_a_token_has_the_same_bits_in_any_company(
             np.testing.assert_array_equal(np.asarray(part), full[start : start + size], err_msg=f"{size} from {start}")
     padded = jnp.concatenate([x[3:10], jnp.full((9, 256), jnp.nan)])
     np.testing.assert_array_equal(np.asarray(run(model.leaves, padded, jnp.int32(7)))[:7], full[3:10])
+
+
+@pytest.mark.parametrize(("count", "dtype", "size"), [(8, "uint8", 1), (256, "uint8", 1), (257, "int16", 2)])
+def test_pages_have_the_ids_of_experts(count: int, dtype: str, size: int) -> None:
+    config = config_from_hf(CONFIG | {"num_experts": count})
+    assert config.experts is not None
+
+    def layout(config: ModelConfig) -> CacheLayout:
+        return CacheLayout(TensorParallel(config, 2), jnp.dtype("float32"), jnp.dtype("float32"))
+
+    experts, dense = layout(config), layout(replace(config, experts=None))
+    pages = experts.shape(9).experts
+    assert (pages.shape, pages.dtype) == ((9, PAGE_SIZE, config.num_layers, config.experts.per_token), dtype)
+    assert dense.shape(9).experts is None
+    ids = PAGE_SIZE * config.num_layers * config.experts.per_token
+    assert experts.bytes_per_page - dense.bytes_per_page == size * ids
 
 
 def test_missing_experts_and_another_router_are_listed_together(tmp_path: Path) -> None:

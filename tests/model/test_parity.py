@@ -18,7 +18,7 @@ from model.attention import attend, rotary_angles
 from model.kernels import ScoreOptions
 from model.kernels.dispatch import load_kernels
 from model.kv_cache import Addresses, PagedCache, SplitPages, addresses_of
-from model.layers import Attention
+from model.layers import Attention, ExpertMLP
 from model.transformer import BoundModel, bind
 from model.weights.source import resolve_model
 from model.weights.weight_table import Storage, load_weights, open_checkpoint
@@ -120,12 +120,13 @@ def trace(bound: BoundModel, leaves: tuple[Array, ...], tokens: Array) -> dict[s
             y = outputs["attention_post_norm"] = layer.attention_post_norm(y)
         y = x + y * bound.config.residual_scale
         outputs["mlp_norm"] = normed if layer.is_parallel else y if layer.mlp_norm is None else layer.mlp_norm(y)
-        outputs["mlp"] = layer.mlp(outputs["mlp_norm"])
+        mlp, normed = layer.mlp, outputs["mlp_norm"]
+        outputs["mlp"] = mlp(normed)[0] if isinstance(mlp, ExpertMLP) else mlp(normed)
         if layer.mlp_post_norm is not None:
             outputs["mlp_post_norm"] = layer.mlp_post_norm(outputs["mlp"])
         absent = () if layer.mlp_norm is not None else BEFORE[1:] if layer.is_parallel else BEFORE
         values |= {f"layers.{i}.{name}": value for name, value in outputs.items() if name not in absent}
-        x, _ = layer(x, angles, pages, addresses)
+        x, _, _ = layer(x, angles, pages, addresses)
         values[f"layers.{i}"] = x
     values["norm"] = model.norm(x)
     values["logits"] = model.logits(values["norm"][0])
@@ -163,6 +164,7 @@ def test_sublayers_equal_the_golden_values(case: Case) -> None:
 
 def test_golden_values_are_all_read(case: Case) -> None:
     others = {"tokens", "positions", "token_logprobs", "token_ranks"}
+    others |= {"experts"} if case.model.config.experts else set()
     assert case.golden.keys() == case.traced.keys() | others
     assert set(names_of(case.name)) == case.traced.keys()
 
@@ -195,18 +197,19 @@ _CASE_WAYS = [(name, way) for name in CASES for way in WAYS if name not in newer
 
 @pytest.mark.parametrize(("case", "way"), _CASE_WAYS, indirect=["case"])
 def test_model_equals_the_golden_values(case: Case, way: str) -> None:
-    hidden, logits = run(case, WAYS[way])
+    hidden, logits, experts = run(case, WAYS[way])
     golden, positions = case.golden, case.golden["positions"]
     np.testing.assert_allclose(hidden[positions], golden["norm"], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(logits[positions], golden["logits"], rtol=0, atol=TOLERANCE)
+    np.testing.assert_array_equal(experts, golden.get("experts"))
     own = np.take_along_axis(logits[:-1], golden["tokens"][1:, None], 1)
     logprobs = own[:, 0] - np.logaddexp.reduce(logits[:-1].astype(np.float64), axis=1)
     np.testing.assert_allclose(logprobs, golden["token_logprobs"], rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(1 + (logits[:-1] > own).sum(1), golden["token_ranks"])
 
 
-def run(case: Case, way: Way) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Final hidden states [T, D] and logits [T, V] of the sequence, which shares its steps with shifted copies."""
+def run(case: Case, way: Way) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int16] | None]:
+    """Final hidden states [T, D], logits [T, V] and experts [T, L, k] of the sequence, beside shifted copies of it."""
     model, tokens = case.model, case.golden["tokens"]
     rows = np.stack([np.roll(tokens, way.rows - 1 - row) for row in range(way.rows)])
     tables = jnp.array([[2 * row + 2, 2 * row + 1] for row in range(way.rows)])
@@ -222,6 +225,11 @@ def run(case: Case, way: Way) -> tuple[NDArray[np.float32], NDArray[np.float32]]
         parts.append(np.asarray(hidden)[-1, :length])
         start += length
     full = np.concatenate(parts)
-    cached = np.asarray(cache.hidden)[np.asarray(tables[-1])].reshape(-1, full.shape[1])[:start]
+    table = np.asarray(tables[-1])
+    cached = np.asarray(cache.hidden)[table].reshape(-1, full.shape[1])[:start]
     np.testing.assert_array_equal(cached, full)  # input of the head
-    return full, np.asarray(case.logits(model.leaves, jnp.asarray(full)))
+    experts = None
+    if cache.experts is not None:
+        experts = np.asarray(cache.experts)[table].astype(np.int16)
+        experts = experts.reshape(-1, *experts.shape[2:])[:start]
+    return full, np.asarray(case.logits(model.leaves, jnp.asarray(full))), experts

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from compiled.shapes import Buckets, PrefillShape
 from compiled.state import (
     MAX_REQUESTED_IDS,
+    PAGE_COPIES,
     DecodeInput,
     PageCopies,
     SamplingArrays,
@@ -42,6 +43,7 @@ from tests.support.grammars import FakeGrammar
 
 VOCAB_SIZE = 97  # V
 K = 3
+ROUTING = (2, 3)  # L and k of models with experts
 
 MAX_MODEL_LEN = 512  # tokens, by default
 
@@ -95,6 +97,13 @@ def numbers(
         (-((scored + h[:, None]) % 7) / 8).astype(np.float32),
         (1 + (scored + h[:, None]) % 5).astype(np.int32),
     )
+
+
+def experts_after(hidden: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int16]:
+    """The experts [R, L, k] of tokens with hidden states [R]."""
+    L, k = ROUTING
+    states = np.asarray(hidden, np.int64)[..., None, None]
+    return ((states + 3 * np.arange(L)[:, None] + np.arange(k)) % 11).astype(np.int16)
 
 
 def processed_numbers(hidden: Sequence[int], targets: Sequence[int], scored: NDArray[np.int32]) -> TokenLogprobs:
@@ -208,6 +217,12 @@ class FakeRunner:
         hidden = self._hidden_at(inputs.cache_indices[:live]) + [0] * (len(inputs.cache_indices) - live)
         return Unread(numbers(hidden, inputs.targets.tolist(), inputs.requested_ids, self.nan_token))
 
+    def read_experts(self, pages: NDArray[np.int32]) -> Any:
+        """Return the experts of all tokens in pages."""
+        assert pages.shape == (PAGE_COPIES,)
+        self._call("experts", int((pages != NULL_PAGE).sum()))
+        return Unread(experts_after(self._hidden[pages]))
+
     def read(self, tree: Any) -> Any:
         """Return the result of a step."""
         self._call("read", 0)
@@ -281,6 +296,7 @@ class FakeRunner:
             numbers(hidden, tokens, scored, self.nan_token),
             processed_numbers(hidden, tokens, scored),
             logmass(sampling.mask),
+            experts_after(hidden),
         )
 
 

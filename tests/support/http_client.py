@@ -122,7 +122,9 @@ class ScriptedRunner(FakeRunner):
             top_ids=np.stack([tokens + 1, tokens, tokens + 2], axis=1),
             top_logprobs=np.stack([own / np.float32(2), own, np.full_like(own, -np.inf)], axis=1),
         )
-        return StepOutput(tokens, numbers, numbers, fake_runner.logmass(sampling.mask))
+        return StepOutput(
+            tokens, numbers, numbers, fake_runner.logmass(sampling.mask), fake_runner.experts_after(hidden)
+        )
 
 
 def _allowed(token: int, words: NDArray[np.uint32]) -> int:
@@ -238,6 +240,7 @@ def start_server(
     runner: type[ScriptedRunner] = ScriptedRunner,
     pages: int = 64,
     full_vocab: bool = False,
+    routing: tuple[int, int] | None = None,
     max_waiting: int = 64,
     max_waiting_tokens: int | None = None,
     add_bos: bool = False,
@@ -262,6 +265,7 @@ def start_server(
         cache_tokens=(pages - 1) * PAGE_SIZE,
         max_requested_ids=MAX_REQUESTED_IDS,
         full_vocab=full_vocab,
+        routing=routing,
     )
     metrics = Metrics(MODEL, max_model_len=max_model_len, vllm_names=vllm_names)
     options = EngineOptions(

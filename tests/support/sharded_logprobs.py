@@ -16,6 +16,7 @@ from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
 from compiled.state import (
     FROM_SLOT,
+    PAGE_COPIES,
     DecodeInput,
     SamplingArrays,
     ScoreInput,
@@ -103,6 +104,9 @@ def numbers(runner: ModelRunner, *, companions: int = 0) -> dict[str, Any]:
         "whole": runner.full_vocab_logprobs(indices[:8])[:count].tolist(),
     }
     greedy = runner.read(decode(runner, greedy_sampling(4, V), 0, companions))
+    if greedy.experts is not None:
+        pages = runner.read(runner.read_experts(np.ones(PAGE_COPIES, np.int32)))
+        results["ranks"].append([*pages[0, : count + 1].tolist(), greedy.experts[0].tolist()])
     results |= {"greedy": greedy.logprobs.logprob[:1].tolist(), "greedy token": int(greedy.tokens[0])}
     return results
 

@@ -21,7 +21,7 @@ def main() -> None:
             case = make_case(name, Path(folder))
         golden, positions = case.golden, case.golden["positions"]
         errors = {part: np.abs(case.traced[part][positions] - golden[part]).max() for part in names_of(name)}
-        _, logits = run(case, WAYS["one_chunk"])
+        _, logits, _ = run(case, WAYS["one_chunk"])
         chosen = np.take_along_axis(logits[:-1], golden["tokens"][1:, None], 1)[:, 0]
         logprobs = chosen - np.logaddexp.reduce(logits[:-1].astype(np.float64), axis=1)
         worst = np.abs(logprobs - golden["token_logprobs"]).max()

@@ -69,6 +69,10 @@ class NullRunner:
         """Return zeros."""
         return self._numbers[len(inputs.cache_indices)]
 
+    def read_experts(self, pages: NDArray[np.int32]) -> Any:
+        """No experts."""
+        raise NotImplementedError
+
     def read(self, tree: Any) -> Any:
         """Return `tree`."""
         return tree

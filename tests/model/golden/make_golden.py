@@ -13,7 +13,9 @@ some positions [P] int32, float32 arrays under the names of our own sub-layers:
     .attention.heads [P, H * E] before and .attention [P, D] after the output map; .mlp_norm, .mlp [P, D];
     .attention_post_norm, .mlp_post_norm [P, D]; the layer's output [P, D] under the prefix itself
 
-A family has those of the norms that its layers have. multimodal.npz holds the logits [P, V] of multimodal modules.
+A family has those of the norms that its layers have. A family with experts has experts [T, L, k] int16, the ids that
+each layer's router chooses for each token, the best first; 0 in dense layers. multimodal.npz holds the logits [P, V] of
+multimodal modules.
 """
 
 import json
@@ -43,6 +45,7 @@ _GRANITE = {
 }
 _MATRICES = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
 SMALLEST_GAP = 5e-5  # of a token's logit to any other: ranks are then equal wherever logits are within 2e-5
+SMALLEST_ROUTER_GAP = 5e-6  # of the logits of two experts that a router compares
 
 
 def main() -> None:
@@ -83,13 +86,38 @@ def _golden(config: dict[str, Any], seed: int) -> dict[str, NDArray[Any]]:
     values: dict[str, Any] = {}
     _record_layers(model, values)
     tokens = random_tokens(config, seed)
+    routes = _recorded_routes(model)
     with _recording_attention(model, values):
         logits = model(torch.from_numpy(tokens)[None].long(), use_cache=False).logits[0]
     values["logits"] = logits
     arrays = {key: value.reshape(len(tokens), -1).numpy()[POSITIONS] for key, value in values.items()}
+    if routes:
+        none = np.zeros_like(next(iter(routes.values())))
+        arrays["experts"] = np.stack([routes.get(i, none) for i in range(len(model.model.layers))], axis=1)
     return (
         arrays | {"tokens": tokens, "positions": POSITIONS} | _scores(logits[:-1], torch.from_numpy(tokens[1:]).long())
     )
+
+
+def _recorded_routes(model: Any) -> dict[int, NDArray[np.int16]]:
+    """A dictionary that the next call fills: layer -> ids [T, k] that its router chooses."""
+    routes: dict[int, NDArray[np.int16]] = {}
+
+    def keep(layer: int) -> Callable[[Any, Any, Any], None]:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            logits, _, ids = output
+            best = logits.sort(dim=-1, descending=True).values[:, : ids.shape[1] + 1]
+            if (best[:, :-1] - best[:, 1:]).min() < SMALLEST_ROUTER_GAP:
+                raise ValueError("two experts are almost equal: give the case another seed")
+            routes[layer] = ids.numpy().astype(np.int16)
+
+        return hook
+
+    for i, layer in enumerate(model.model.layers):
+        for module in layer.modules():
+            if type(module).__name__.endswith("TopKRouter"):
+                module.register_forward_hook(keep(i))
+    return routes
 
 
 def _scores(logits: Any, targets: Any) -> dict[str, NDArray[Any]]:

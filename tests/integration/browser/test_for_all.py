@@ -151,7 +151,7 @@ def test_page_works_by_keyboard(page: Inspector) -> None:
     keys.press("ArrowRight")
     keys.press("Enter")
     keys.press("Enter")  # takes the first alternative
-    expect(pane.root.get_by_role("navigation").get_by_role("button")).to_have_count(2)
+    expect(pane.root.get_by_role("navigation").get_by_role("button")).to_have_count(3)
     pane.wait()
     expect(pane.cells.nth(1)).to_be_focused()
     # One stop in the order of Tab, however many tokens there are.

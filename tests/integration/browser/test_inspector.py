@@ -131,7 +131,7 @@ def test_alternative_starts_a_branch(page: Inspector, server: ServerProcess) -> 
     before = pane.exported()["tokens"]
     pane.cells.nth(5).hover()
     page.alternatives.nth(1).click()
-    expect(pane.root.get_by_role("navigation").get_by_role("button")).to_have_count(2)
+    expect(pane.root.get_by_role("navigation").get_by_role("button")).to_have_count(3)
     pane.wait()
     branch = pane.exported()["tokens"]
     taken = before[5]["top"][1]
@@ -307,7 +307,7 @@ def test_grammar_goes_on_after_continue_and_in_branches(page: Inspector) -> None
     assert pane.exported()["tokens"] == whole
     pane.cells.nth(5).hover()
     page.alternatives.filter(has_text="London").click()
-    expect(pane.root.get_by_role("navigation").get_by_role("button")).to_have_count(2)
+    expect(pane.root.get_by_role("navigation").get_by_role("button")).to_have_count(3)
     pane.wait()
     assert "".join(pane.texts()).startswith(f"{PROMPT} London is large, and so is Rome.")
     pane.cells.nth(6).hover()
@@ -330,7 +330,7 @@ def test_export_contains_the_run(page: Inspector) -> None:
     assert exported["system_fingerprint"].startswith("fp_")
     pane.cells.nth(5).hover()
     page.alternatives.nth(1).click()
-    expect(pane.root.get_by_role("navigation").get_by_role("button")).to_have_count(2)
+    expect(pane.root.get_by_role("navigation").get_by_role("button")).to_have_count(3)
     pane.wait()
     branch = pane.exported()
     assert [each["from"] for each in branch["parameters"]] == [6]  # nothing before it was generated

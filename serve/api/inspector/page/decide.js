@@ -24,6 +24,7 @@ export class Decide {
     this.fields = this.form.elements;
     this.work = new Work(page, this);
     this.prompts = []; // of the answers that are shown
+    this.error = null;
     this.questions = new Questions(this.#part(".questions"), () => page.onEdit());
     this.questions.set([{ type: "predicate", name: "", instructions: "", options: [] }]);
     this.#listen();
@@ -39,9 +40,21 @@ export class Decide {
     for (const name of FIELDS) this.fields[name].value = fields[name];
     this.questions.set(questions);
     this.#showFields();
+    this.work.stop();
+    this.#showAnswers([], []);
+    this.#part(".status").textContent = "";
+    this.#part(".copied").textContent = "";
+    this.#part(".code").hidden = true;
+    this.showError(null);
+  }
+
+  /** Ends an error of these kinds. */
+  forgive(kinds) {
+    if (kinds.includes(this.error?.kind)) this.showError(null);
   }
 
   showError(error) {
+    this.error = error;
     this.questions.clearErrors();
     for (const name of FIELDS) if (this.fields[name].ariaInvalid) this.fields[name].ariaInvalid = null;
     for (const element of this.root.querySelectorAll(".state-error, .general")) element.hidden = true;
@@ -77,6 +90,7 @@ export class Decide {
     });
     this.form.addEventListener("input", () => {
       this.#showFields();
+      this.forgive(["refused"]);
       this.page.onEdit();
     });
     click(".add-question", () => this.questions.add());

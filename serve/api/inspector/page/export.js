@@ -6,7 +6,7 @@ import { totals } from "./totals.js";
 export function asJson(run) {
   const { title, source, prompt, fills, finish, usage } = run;
   const about = { format: "logprobd inspection", version: 1, model: source?.model, system_fingerprint: source?.fingerprint };
-  const request = { title, request: prompt, parameters: fills, finish_reason: finish, usage };
+  const request = { title, request: prompt, parameters: fills, finish_reason: finish, usage, grammar_start: run.form?.start ?? null };
   return JSON.stringify({ ...about, ...request, totals: totals(run.tokens), tokens: exportedTokens(run) }, null, 1);
 }
 

@@ -1,10 +1,14 @@
 // The page: two tabs, parameters, one or two panes, the API key, links, and the state that survives a reload of the tab.
 
-import { Server, ServerError } from "./api.js";
+import { Connection } from "./connection.js";
 import { Decide } from "./decide.js";
 import { Details } from "./details.js";
+import { make } from "./dom.js";
+import { importedRun } from "./import.js";
 import { Pane } from "./pane.js";
+import { Saved } from "./saved.js";
 import { isLink, linkTo, stateOf } from "./share.js";
+import { Store } from "./store.js";
 import { comparison } from "./sums.js";
 import { Tabs } from "./tabs.js";
 
@@ -18,8 +22,10 @@ const get = (id) => document.getElementById(id);
 
 class Page {
   constructor() {
-    this.server = new Server(() => sessionStorage.getItem("key"));
-    this.model = null;
+    this.cause = null; // of the notice
+    this.connection = new Connection(get("key"), this);
+    this.store = new Store();
+    this.saved = new Saved(get("saved"), this.store, this);
     this.details = new Details(get("details"), get("side"), matchMedia(NARROW));
     this.panes = [new Pane(this)];
     get("panes").append(this.panes[0].root);
@@ -29,28 +35,59 @@ class Page {
       this.details.hide();
       this.#showSettings();
       if (name === "decide") get("decide").append(this.decide.root);
-      this.#save();
+      this.save();
     });
     this.#listen();
   }
 
-  async open() {
-    this.#restoreTab();
+  async start() {
+    await this.#restoreTab();
     await this.#readLink();
-    await this.#connect();
+    await this.connection.open();
   }
 
-  /** The model's card, requested until the server answers. */
-  async card() {
-    if (this.model !== null) return this.model;
-    this.model = await this.server.card();
-    const { id, max_model_len: length, max_logprobs: maximum } = this.model;
+  get server() {
+    return this.connection.server;
+  }
+
+  get model() {
+    return this.connection.model;
+  }
+
+  card() {
+    return this.connection.card();
+  }
+
+  /** Shows the model. Errors of the connection end. */
+  onConnect({ id, max_model_len: length, max_logprobs: maximum }) {
     get("model").textContent = `${id}, ${length.toLocaleString("en")} tokens`;
     const { alternatives } = get("settings").elements;
     alternatives.max = Math.min(maximum, MAX_ALTERNATIVES);
     alternatives.value = Math.min(alternatives.value, alternatives.max);
-    get("key").hidden = true;
-    return this.model;
+    this.#forgive("down", "key");
+    if (this.cause === "connection") this.notify("");
+  }
+
+  onDisconnect() {
+    get("model").textContent = "not connected";
+  }
+
+  /** Reacts to the error of a request, whose message the pane shows. */
+  onError(error) {
+    this.connection.fail(error);
+  }
+
+  /** Shows a message until the next one, or until its `cause` ends; with a button if it can be undone. */
+  notify(text, { cause = null, undo = null } = {}) {
+    this.cause = cause;
+    get("notice").textContent = text;
+    if (!undo) return;
+    const button = make("button", { type: "button" }, "Undo");
+    button.addEventListener("click", () => {
+      this.notify("");
+      undo();
+    });
+    get("notice").append(" ", button);
   }
 
   /** The parameters as fields of a request; null after the browser has reported an invalid one. */
@@ -71,7 +108,8 @@ class Page {
   /** Saves the state after an edit, and removes the link, which no longer matches, from the address bar. */
   onEdit() {
     if (isLink(location.hash)) history.replaceState(null, "", location.pathname + location.search);
-    this.#save();
+    if (this.cause === "link") this.notify("");
+    this.save();
   }
 
   /** Shows the totals of both panes and their difference. */
@@ -88,44 +126,42 @@ class Page {
     this.panes[0].branch(run, index, alternative);
   }
 
-  /** Reacts to the error of a request, whose message the pane shows. */
-  onError({ kind, message }) {
-    if (["down", "key", "changed"].includes(kind)) {
-      this.model = null; // another model may answer next
-      this.server.forget();
-      get("model").textContent = "not connected";
-    }
-    get("key").hidden = kind !== "key";
-    if (kind !== "key") return;
-    get("key").querySelector("p").textContent = `${message} The key is kept in this tab only.`;
-    get("key").elements.key.focus();
+  /** Shows a saved run in the first pane. */
+  async open(id) {
+    this.tabs.select("inspect");
+    await this.panes[0].restore({ saved: id });
+    this.save();
   }
 
-  async #connect() {
-    try {
-      await this.card();
-      get("notice").textContent = "";
-    } catch (error) {
-      if (!(error instanceof ServerError)) throw error;
-      this.onError(error);
-      if (error.kind !== "key") get("notice").textContent = error.message;
-    }
+  /** Shows an exported run in the first pane. Throws an error if it is not one. */
+  load(exported) {
+    const run = importedRun(exported, this.server);
+    this.tabs.select("inspect");
+    this.panes[0].open(run);
+    this.panes[0].keep();
+  }
+
+  /** Ends the errors of these kinds, whose cause has ended. */
+  #forgive(...kinds) {
+    for (const view of [...this.panes, this.decide]) view.forgive(kinds);
   }
 
   #listen() {
-    get("key").addEventListener("submit", async (event) => {
-      event.preventDefault();
-      sessionStorage.setItem("key", get("key").elements.key.value);
-      get("key").reset();
-      await this.#connect();
-    });
     get("compare").addEventListener("click", () => {
       this.#showPanes(this.panes.length === 1 ? 2 : 1);
       this.onEdit();
     });
     get("share").addEventListener("click", () => this.#share());
     get("theme").addEventListener("click", () => this.#toggleTheme());
+    get("saved-runs").addEventListener("click", async () => {
+      await this.saved.toggle();
+      get("saved-runs").ariaExpanded = String(!get("saved").hidden);
+    });
+    document.addEventListener("visibilitychange", () => {
+      if (document.hidden) for (const pane of this.panes) pane.keep();
+    });
     get("settings").addEventListener("input", () => {
+      this.#forgive("refused");
       this.#showSettings();
       this.onEdit();
     });
@@ -144,49 +180,55 @@ class Page {
     text.placeholder = PLACEHOLDERS[grammar.value] ?? "";
   }
 
-  get #state() {
+  /** What a link contains. */
+  get #shared() {
     const settings = {};
     for (const { name, value } of get("settings").elements) if (name) settings[name] = value;
     return { tab: this.tabs.current, settings, panes: this.panes.map((pane) => pane.editor.state), decide: this.decide.state };
   }
 
-  #save() {
+  /** Saves the state for a reload of the tab; runs are in the store. */
+  save() {
+    const state = { ...this.#shared, panes: this.panes.map((pane) => pane.state) };
     try {
-      sessionStorage.setItem("state", JSON.stringify(this.#state));
+      sessionStorage.setItem("state", JSON.stringify(state));
     } catch {
       sessionStorage.removeItem("state"); // above the browser's limit; an older state would be misleading
     }
   }
 
-  #restoreTab() {
+  async #restoreTab() {
     try {
       const saved = sessionStorage.getItem("state");
-      if (saved) this.#restore(JSON.parse(saved));
+      if (saved) await this.#restore(JSON.parse(saved));
     } catch {
       sessionStorage.removeItem("state"); // written by another version of this page
     }
   }
 
-  /** Restores the state in the address, if any. It is not run: it may come from somebody else. */
+  /** Restores the state in the address, unless it is shown already. It is not run: it may come from somebody else. */
   async #readLink() {
     try {
       const state = await stateOf(location.hash);
-      if (state) this.#restore(state);
+      if (state && JSON.stringify(state) !== JSON.stringify(this.#shared)) await this.#restore(state);
     } catch {
-      get("notice").textContent = "The link is damaged and cannot be read.";
+      this.notify("The link is damaged and cannot be read.", { cause: "link" });
     }
   }
 
-  #restore({ tab, settings, panes, decide }) {
+  /** Replaces all that the page shows. */
+  async #restore({ tab, settings, panes, decide }) {
+    this.notify("");
+    get("settings").reset();
     for (const [name, value] of Object.entries(settings)) {
       if (get("settings").elements[name]) get("settings").elements[name].value = value;
     }
     this.#showSettings();
     this.#showPanes(panes.length);
-    panes.slice(0, 2).forEach((state, i) => this.panes[i].editor.set(state));
     if (decide) this.decide.set(decide); // not in links of older versions
-    if (tab) this.tabs.select(tab);
-    this.#save();
+    this.tabs.select(tab ?? "inspect");
+    await Promise.all(panes.slice(0, 2).map((state, i) => this.panes[i].restore(state)));
+    this.save();
   }
 
   #showPanes(number) {
@@ -206,7 +248,7 @@ class Page {
   }
 
   async #share() {
-    const link = await linkTo(this.#state);
+    const link = await linkTo(this.#shared);
     history.replaceState(null, "", link);
     let place = "the address bar";
     try {
@@ -215,7 +257,7 @@ class Page {
     } catch {
       // Not permitted, or not available over plain HTTP.
     }
-    get("notice").textContent = `The link is in ${place}. It contains prompts, questions and parameters, but no API key.`;
+    this.notify(`The link is in ${place}. It contains prompts, questions and parameters, but no results and no API key.`);
   }
 
   #toggleTheme() {
@@ -226,4 +268,4 @@ class Page {
   }
 }
 
-await new Page().open();
+await new Page().start();

@@ -11,6 +11,7 @@ import { decode } from "./text.js";
 import { totals } from "./totals.js";
 import { Work } from "./work.js";
 
+const NAME_LENGTH = 60; // characters of the prompt
 const SUMS_INTERVAL = 250; // ms, while tokens arrive
 
 export class Pane {
@@ -21,8 +22,12 @@ export class Pane {
     this.run = null; // the one that is shown
     this.work = new Work(page, this);
     this.timer = null; // until the sums are shown again
+    this.entry = null; // {id, name} of the runs in the store
+    this.error = null;
     this.editor = new Editor(this.#part(".editor"), (error) => {
+      this.forgive(["refused"]);
       if (error) this.#refuse(error);
+      this.#showStale();
       page.onEdit();
     });
     this.dock = this.#part(".dock"); // of the details on narrow screens
@@ -56,14 +61,57 @@ export class Pane {
     this.work.stop();
   }
 
+  /** The editor's state, and where the runs are saved. */
+  get state() {
+    return { ...this.editor.state, ...(this.run && { saved: this.entry.id, shown: this.runs.indexOf(this.run) }) };
+  }
+
+  /** Shows a saved state: that of the editor, if it is given, and the runs, if any. */
+  async restore({ saved, shown, ...editor }) {
+    this.stop();
+    this.#replace([]);
+    this.showError(null);
+    if (editor.mode) this.editor.set(editor);
+    const found = saved && (await this.page.store.get(saved).catch(() => null));
+    if (!found || this.run || this.work.running) return;
+    const { runs, state } = found.content;
+    if (!editor.mode) this.editor.set(state);
+    this.#replace(runs.map((content) => Run.restored(this.page.server, content)), found.entry);
+    this.#show(this.runs[shown] ?? this.runs.at(-1));
+  }
+
   /** Shows a run that was made elsewhere in place of the prompt's. */
   open(run) {
     this.stop();
-    this.runs = [];
-    this.#addRun(run);
+    this.showError(null);
+    const { prompt: text, messages } = run.prompt;
+    if (typeof text === "string") this.editor.set({ ...this.editor.state, mode: "text", text });
+    if (messages) this.editor.set({ ...this.editor.state, mode: "chat", messages });
+    this.#replace([run]);
+  }
+
+  /** Saves the runs in the browser, and where they are. */
+  async keep() {
+    if (!this.run) return;
+    const { entry, runs, run } = this;
+    try {
+      const about = { ...entry, time: Date.now(), tokens: run.tokens.length, model: run.source?.model };
+      const content = { state: this.editor.state, runs: runs.map((each) => each.content) };
+      this.page.save();
+      await this.page.store.put(about, content);
+      await this.page.saved.refresh();
+    } catch (error) {
+      this.page.notify(`This run cannot be saved in the browser: ${error.message}`);
+    }
+  }
+
+  /** Ends an error of these kinds. */
+  forgive(kinds) {
+    if (kinds.includes(this.error?.kind)) this.showError(null);
   }
 
   showError(error) {
+    this.error = error;
     this.#part(".error").textContent = error?.message ?? "";
     this.#part(".error").hidden = error === null;
   }
@@ -74,7 +122,10 @@ export class Pane {
     if (busy) {
       this.page.details.hideFor(this);
       this.#part(".continue").hidden = true;
-    } else if (this.run) this.#showSums();
+    } else if (this.run) {
+      this.#showSums();
+      this.keep();
+    }
   }
 
   #part(selector) {
@@ -113,8 +164,7 @@ export class Pane {
         return this.#refuse(`The prompt is too long: ${count(ids.length)} tokens; the maximum is ${count(limit)}.`);
       }
       await run.add(ids, "prompt", signal);
-      this.runs = [];
-      this.#addRun(run);
+      this.#replace([run]);
       await this.#fill(run, { ...settings, ...overrides }, signal);
     });
   }
@@ -126,13 +176,26 @@ export class Pane {
   }
 
   #refuse(message) {
-    this.showError({ message });
+    this.showError({ kind: "refused", message });
   }
 
   async #fill(run, settings, signal) {
     const { top_logprobs: alternatives, ...fields } = settings;
     this.#part(".status").textContent = `${count(run.tokens.length)} tokens: waiting for log-probs …`;
     await run.fill(fields, alternatives, (from) => this.#update(run, from), signal);
+  }
+
+  /** Shows the last of other runs in place of those shown; nothing if there are none. */
+  #replace(runs, entry = newEntry(runs[0])) {
+    Object.assign(this, { runs, entry });
+    if (runs.length > 0) this.#show(runs.at(-1));
+    else {
+      this.page.details.hideFor(this);
+      this.run = null;
+      for (const selector of [".result", ".exports", ".continue", ".reply"]) this.#part(selector).hidden = true;
+      this.#part(".status").textContent = "";
+      this.page.compare();
+    }
   }
 
   #addRun(run) {
@@ -145,14 +208,43 @@ export class Pane {
     this.run = run;
     this.#part(".result").hidden = false;
     this.cells.show(run);
-    const buttons = this.runs.map((other) => {
-      const button = make("button", { type: "button", ariaPressed: String(other === run) }, other.title);
-      button.addEventListener("click", () => this.#show(other));
-      return button;
-    });
-    this.#part(".branches").replaceChildren(...buttons);
+    this.#part(".branches").replaceChildren(...this.runs.map((other) => this.#branchView(other)));
     this.#part(".branches").hidden = this.runs.length < 2;
     this.#showSums();
+  }
+
+  /** A button that shows a run, and one that deletes it unless it is the prompt's. */
+  #branchView(run) {
+    const button = make("button", { type: "button", ariaPressed: String(run === this.run) }, run.title);
+    button.addEventListener("click", () => this.#show(run));
+    if (run === this.runs[0]) return button;
+    const remove = make("button", { type: "button", ariaLabel: `Delete ${run.title}` }, "×");
+    remove.addEventListener("click", () => this.#remove(run));
+    return make("span", { className: "branch-item" }, button, remove);
+  }
+
+  /** Deletes a branch, which can be undone while its runs are shown. */
+  #remove(run) {
+    if (this.work.running) this.stop();
+    const { runs, run: shown } = this;
+    this.runs = runs.filter((other) => other !== run);
+    this.#show(shown === run ? this.runs.at(-1) : shown);
+    this.keep();
+    this.page.notify(`Branch “${run.title}” is deleted.`, {
+      undo: () => {
+        if (this.runs[0] !== runs[0]) return;
+        this.runs = runs;
+        this.#show(run);
+        this.keep();
+      },
+    });
+  }
+
+  /** Says whether the result is that of the prompt in the editor. */
+  #showStale() {
+    const isStale = this.run !== null && JSON.stringify(this.run.prompt) !== JSON.stringify(this.editor.request);
+    this.#part(".stale").hidden = !isStale;
+    this.#part(".result").classList.toggle("old", isStale);
   }
 
   /** Updates the cells at once and the sums at intervals. */
@@ -168,6 +260,7 @@ export class Pane {
     clearTimeout(this.timer);
     this.timer = null;
     this.sums.show(run);
+    this.#showStale();
     this.#part(".exports").hidden = false;
     const generates = run.tokens.some((token) => token.origin === "generated");
     this.#part(".continue").hidden = run.finish === "stop" || this.work.running;
@@ -183,4 +276,13 @@ export class Pane {
     this.#part(".reply").hidden = true;
     this.page.onEdit();
   }
+}
+
+/** An entry of the store for a run and its branches. */
+function newEntry(run) {
+  if (!run) return null;
+  const { prompt = "", messages } = run.prompt;
+  const text = (messages?.at(-1)?.content ?? prompt).trim().replace(/\s+/gu, " ");
+  const id = `${Date.now()}-${Math.random()}`;
+  return { id, name: Array.from(text).slice(0, NAME_LENGTH).join("") || "Untitled" };
 }

@@ -37,6 +37,16 @@ export class Run {
     return run;
   }
 
+  /** What can be saved; restored() makes a run of it. */
+  get content() {
+    const { server, ...content } = this;
+    return content;
+  }
+
+  static restored(server, content) {
+    return Object.assign(new Run(server, content.title, content.prompt), content);
+  }
+
   get summary() {
     const generated = this.tokens.filter((token) => token.origin === "generated").length;
     const parts = [`${count(this.tokens.length - generated)} prompt tokens`, `${count(generated)} generated`];

@@ -14,7 +14,7 @@ some positions [P] int32, float32 arrays under the names of our own sub-layers:
     .attention_post_norm, .mlp_post_norm [P, D]; the layer's output [P, D] under the prefix itself
 
 A family has those of the norms that its layers have. A family with experts has experts [T, L, k] int16, the ids that
-each layer's router chooses for each token, the best first; 0 in dense layers. multimodal.npz holds the logits [P, V] of
+each layer's router chooses for each token, in its order; 0 in dense layers. multimodal.npz holds the logits [P, V] of
 multimodal modules.
 """
 
@@ -107,7 +107,8 @@ def _recorded_routes(model: Any) -> dict[int, NDArray[np.int16]]:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             logits, _, ids = output
             best = logits.sort(dim=-1, descending=True).values[:, : ids.shape[1] + 1]
-            if (best[:, :-1] - best[:, 1:]).min() < SMALLEST_ROUTER_GAP:
+            chooses_best = torch.equal(logits.topk(ids.shape[1], dim=-1).indices, ids)  # without groups and biases
+            if chooses_best and (best[:, :-1] - best[:, 1:]).min() < SMALLEST_ROUTER_GAP:
                 raise ValueError("two experts are almost equal: give the case another seed")
             routes[layer] = ids.numpy().astype(np.int16)
 
@@ -115,7 +116,7 @@ def _recorded_routes(model: Any) -> dict[int, NDArray[np.int16]]:
 
     for i, layer in enumerate(model.model.layers):
         for module in layer.modules():
-            if type(module).__name__.endswith("TopKRouter"):
+            if type(module).__name__.lower().endswith("topkrouter"):
                 module.register_forward_hook(keep(i))
     return routes
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from reprlib import Repr
-from typing import Any
+from typing import Any, Literal
 
 from model.families import FAMILIES
 from model.family import HEAD, OUT_BIAS, QKV_BIAS, Family
@@ -42,7 +42,28 @@ class Experts:
     count: int  # X
     per_token: int  # experts that a token is routed to
     size: int  # XF, features of an expert
-    normalized: bool  # the weights of a token's experts add up to 1
+    normalized: bool  # the weights of a token's experts add up to 1, before they are scaled
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    groups: int = 1  # of consecutive experts
+    open_groups: int = 1  # a token is routed to experts of its best groups alone, which are so many
+    scale: float = 1.0  # of the weights
+    shared_size: int = 0  # SF, features of an MLP that is added for every token; 0: none
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.per_token <= self.count:
+            raise ConfigError(f"{self.per_token} experts per token are not from 1 to {self.count} experts")
+        size = self.count // max(1, self.groups)
+        if self.groups < 1 or self.count % self.groups or (self.groups > 1 and self.scoring == "sigmoid" and size < 2):
+            raise ConfigError(f"{self.count} experts cannot be split into {self.groups} groups")
+        if not 1 <= self.open_groups <= self.groups or self.per_token > self.open_groups * size:
+            raise ConfigError(
+                f"{self.per_token} experts per token do not fit {self.open_groups} of {self.groups} groups"
+            )
+        _check_positive("the scale of experts' weights", self.scale)
+
+    def dims(self) -> dict[str, int]:
+        """As `ModelConfig.dims`; 2 SF is that of the shared MLP's gate and up."""
+        return {"X": self.count, "XF": self.size, "SF": self.shared_size}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +123,7 @@ class ModelConfig:
             "E": self.head_dim,
             "H": self.num_heads,
             "K": self.num_kv_heads,
-            **({"X": self.experts.count, "XF": self.experts.size} if self.experts else {}),
+            **(self.experts.dims() if self.experts else {}),
             "1": 1,
         }
 
@@ -135,9 +156,6 @@ class ModelConfig:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even size")
         for kind in set(self.layers):
             self._check_layer(kind)
-        experts = self.experts
-        if experts and not 1 <= experts.per_token <= experts.count:
-            raise ConfigError(f"{experts.per_token} experts per token are not from 1 to {experts.count} experts")
 
     def _check_layer(self, kind: LayerKind) -> None:
         if kind.window < 0:

@@ -60,17 +60,20 @@ def _with_equal_bits(x: Array, weight: Array, live: Array) -> Array:
     return _by_blocks(x, weight, jnp.stack([jnp.int32(0), live]))
 
 
-def route(logits: Array, live: Array, experts: Experts, kernels: Kernels) -> Routes:
+def route(logits: Array, live: Array, experts: Experts, kernels: Kernels, choice_bias: Array | None = None) -> Routes:
     """The routes of tokens with logits [M, X] float32; tokens from `live` on are padding.
 
-    Weights are the softmax over all experts, or over the chosen ones. Of equal logits the lower id is chosen.
+    A softmax's weights are those of all experts, or of the chosen ones. Sigmoids are the weights themselves, and
+    `choice_bias` [X] float32 is added to them for the choice only (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report").
+    Of equal experts the lower id is chosen.
     """
-    k, normalized = experts.per_token, experts.normalized
-    choose = partial(_choose, k=k, normalized=normalized)
+    bias = jnp.zeros(logits.shape[1], jnp.float32) if choice_bias is None else choice_bias
+    choose = partial(_choose, experts=experts)
     fields = kernels.dispatch(
         logits,
+        bias,
         live,
-        on_cpu=partial(cpu.route, k=k, normalized=normalized),
+        on_cpu=partial(cpu.route, experts=experts),
         on_gpu=partial(_route_in_xla, choose),
         on_tpu=partial(_route_in_xla, choose),
         xla=partial(_route_in_xla, partial(_choose_by_blocks, choose)),
@@ -78,9 +81,11 @@ def route(logits: Array, live: Array, experts: Experts, kernels: Kernels) -> Rou
     return Routes(*fields)
 
 
-def _route_in_xla(choose: Callable[[Array], tuple[Array, Array]], logits: Array, live: Array) -> tuple[Array, ...]:
+def _route_in_xla(
+    choose: Callable[[Array, Array], tuple[Array, Array]], logits: Array, bias: Array, live: Array
+) -> tuple[Array, ...]:
     """The fields of Routes in order."""
-    weights, ids = choose(logits)
+    weights, ids = choose(logits, bias)
     (M, k), count = ids.shape, logits.shape[1]
     keys = jnp.where(jnp.arange(M)[:, None] < live, ids, count).reshape(M * k)
     starts = jnp.sum(keys[:, None] < jnp.arange(count + 1), axis=0, dtype=jnp.int32)
@@ -89,12 +94,39 @@ def _route_in_xla(choose: Callable[[Array], tuple[Array, Array]], logits: Array,
     return weights, ids, order, places, starts
 
 
-def _choose(logits: Array, *, k: int, normalized: bool) -> tuple[Array, Array]:
-    best, ids = jax.lax.top_k(logits, k)
-    largest = best[:, :1]
-    chosen = _exponentials(best, largest)
-    total = _sum(chosen if normalized else _exponentials(logits, largest))
-    return (chosen / total)[:, :k], ids
+def _choose(logits: Array, bias: Array, *, experts: Experts) -> tuple[Array, Array]:
+    """Weights and ids [M, k] of the experts of tokens with logits [M, X]."""
+    k = experts.per_token
+    if experts.scoring == "sigmoid":
+        scores = _sigmoids(logits)
+        _, ids = jax.lax.top_k(_in_open_groups(scores + bias, experts), k)
+        chosen = jnp.take_along_axis(scores, ids, axis=1)
+        total = _sum(chosen) + jnp.float32(1e-20) if experts.normalized else jnp.ones((len(ids), 1), jnp.float32)
+        total = jnp.where(jnp.isnan(logits).any(axis=1, keepdims=True), jnp.nan, total)
+    else:
+        best, ids = jax.lax.top_k(_in_open_groups(logits, experts), k)
+        chosen = _exponentials(best, best[:, :1])
+        total = _sum(chosen if experts.normalized else _exponentials(logits, best[:, :1]))
+    return (chosen / total)[:, :k] * jnp.float32(experts.scale), ids
+
+
+def _in_open_groups(keys: Array, experts: Experts) -> Array:
+    """Keys [M, X], -inf in all but the best groups: those of the best logit, or of the two best sigmoids together."""
+    keys = jnp.where(keys == 0, 0.0, keys)  # XLA sorts -0 before 0
+    if experts.open_groups == experts.groups:
+        return keys
+    groups = keys.reshape(len(keys), experts.groups, -1)
+    best = jax.lax.top_k(groups, 2 if experts.scoring == "sigmoid" else 1)[0]
+    values = best[:, :, 0] + best[:, :, 1] if experts.scoring == "sigmoid" else best[:, :, 0]
+    _, ids = jax.lax.top_k(values, experts.open_groups)
+    is_open = (ids[:, :, None] == jnp.arange(experts.groups)).any(axis=1)
+    return jnp.where(is_open[:, :, None], groups, -jnp.inf).reshape(keys.shape)
+
+
+def _sigmoids(x: Array) -> Array:
+    """Sigmoids [M, N], computed in full vectors as in `_exponentials`."""
+    sigmoids: Array = jax.lax.optimization_barrier(jax.nn.sigmoid(jnp.pad(x, ((0, 0), (0, -x.shape[1] % _LANES)))))
+    return sigmoids[:, : x.shape[1]]
 
 
 def _exponentials(x: Array, largest: Array) -> Array:
@@ -116,12 +148,14 @@ def _sum(x: Array) -> Array:
     return x
 
 
-def _choose_by_blocks(choose: Callable[[Array], tuple[Array, Array]], logits: Array) -> tuple[Array, Array]:
+def _choose_by_blocks(
+    choose: Callable[[Array, Array], tuple[Array, Array]], logits: Array, bias: Array
+) -> tuple[Array, Array]:
     """XLA:CPU adds few numbers in another order than many, and takes exponentials by other code: so by equal blocks."""
     M, X = logits.shape
     count = max(2, -(-M // _BLOCK_ROWS))  # of one block XLA would make no loop
     blocks = jnp.pad(logits, ((0, count * _BLOCK_ROWS - M), (0, 0))).reshape(count, _BLOCK_ROWS, X)
-    weights, ids = jax.lax.map(choose, blocks)
+    weights, ids = jax.lax.map(lambda block: choose(block, bias), blocks)
     return weights.reshape(-1, weights.shape[2])[:M], ids.reshape(-1, ids.shape[2])[:M]
 
 

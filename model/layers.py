@@ -98,14 +98,14 @@ def _norm_heads(heads: Array, norm: RMSNorm, live: Array | None) -> Array:
 class MLP(nnx.Module):
     """An MLP, usually gated (Shazeer 2020): gate and up are one product. Without a gate, `gate_up` is up."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, size: int) -> None:
         config, self.is_gated = spec.parallel.local, spec.parallel.local.traits.gated
-        self.gate_up = Linear(config.intermediate_size * (1 + self.is_gated), config.hidden_size, spec)
+        self.gate_up = Linear(size * (1 + self.is_gated), config.hidden_size, spec)
         self.activation = config.traits.activation
         self.coefficients = nnx.Param(jnp.zeros((4,), jnp.float32)) if self.activation == "xielu" else None
         self.dtype = spec.dtype
         self.kernels = spec.kernels
-        self.down = Linear(config.hidden_size, config.intermediate_size, spec, psum=True)
+        self.down = Linear(config.hidden_size, size, spec, psum=True)
 
     def __call__(self, x: Array, live: Array | None = None) -> Array:
         """x [R, T, D] -> [R, T, D]; `live` as in Linear."""
@@ -120,7 +120,8 @@ class MLP(nnx.Module):
 class ExpertMLP(nnx.Module):
     """A mixture of experts: each token's gated MLPs are those that a router chooses for it (Shazeer et al. 2017).
 
-    A token's result is the same to the last bit whatever other tokens are routed with it.
+    An MLP of all tokens is added, if there are shared experts (Dai et al. 2024, "DeepSeekMoE"). A token's result is the
+    same to the last bit whatever other tokens are routed with it.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -128,10 +129,14 @@ class ExpertMLP(nnx.Module):
         assert config.experts is not None
         self.experts = config.experts
         X, XF, D = self.experts.count, self.experts.size, config.hidden_size
-        has_bias = config.traits.experts is not None and config.traits.experts.bias
+        traits = config.traits.experts
+        has_bias = traits is not None and traits.bias
         self.router = Linear(X, D, spec, bias=has_bias)
+        has_choice_bias = traits is not None and traits.choice_bias
+        self.choice_bias = nnx.Param(jnp.zeros((X,), jnp.float32)) if has_choice_bias else None
         self.gate, self.up = Linear(X * XF, D, spec, bias=has_bias), Linear(X * XF, D, spec, bias=has_bias)
         self.down = Linear(X * D, XF, spec, bias=has_bias)
+        self.shared = MLP(spec, self.experts.shared_size) if self.experts.shared_size else None
         self.activation = config.traits.activation
         self.parallel, self.dtype, self.kernels = spec.parallel, spec.dtype, spec.kernels
 
@@ -142,7 +147,8 @@ class ExpertMLP(nnx.Module):
         logits = router_logits(rows, self.router.weight.get_value(), self.kernels, live)
         if (bias := _bias_of(self.router)) is not None:
             logits = logits + bias
-        routes = route(logits, live, self.experts, self.kernels)
+        choice_bias = None if self.choice_bias is None else self.choice_bias.get_value()
+        routes = route(logits, live, self.experts, self.kernels, choice_bias)
         tokens = rows[routes.order // self.experts.per_token]
         gate, up = (
             add_biases(expert_matmul(tokens, each.weight.get_value(), routes, self.kernels), _bias_of(each), routes)
@@ -152,8 +158,9 @@ class ExpertMLP(nnx.Module):
         y = expert_matmul(hidden, self.down.weight.get_value(), routes, self.kernels)
         down_bias = _bias_of(self.down)  # of one shard only, since the shards' sums are added
         y = add_biases(y, None if down_bias is None else self.parallel.once(down_bias), routes)
-        y = self.parallel.psum(combine(y, routes, live, self.kernels))
-        return y.reshape(x.shape), routes.ids.reshape(*x.shape[:-1], -1)
+        y = self.parallel.psum(combine(y, routes, live, self.kernels)).reshape(x.shape)
+        y = y if self.shared is None else y + self.shared(x, live)
+        return y, routes.ids.reshape(*x.shape[:-1], -1)
 
 
 def _bias_of(linear: Linear) -> Array | None:
@@ -179,7 +186,8 @@ class Layer(nnx.Module):
         self.attention = Attention(spec, kind)
         self.attention_post_norm = norm(traits.post_norm, _FLOAT32)
         self.mlp_norm = norm(traits.pre_norm and not traits.parallel_block, spec.dtype)
-        self.mlp: MLP | ExpertMLP = ExpertMLP(spec) if kind.is_sparse else MLP(spec)
+        dense_size = spec.parallel.local.intermediate_size
+        self.mlp: MLP | ExpertMLP = ExpertMLP(spec) if kind.is_sparse else MLP(spec, dense_size)
         self.mlp_post_norm = norm(traits.post_norm, _FLOAT32)
         self.is_parallel = traits.parallel_block
         self.residual_scale = config.residual_scale

@@ -69,6 +69,8 @@ class ExpertTraits:
     bias: bool = False  # of the router and of all matrices, in tensors of all experts with "_bias" after the name
     hf_size: str = "intermediate_size"  # key of config.json: features of an expert
     gguf_architecture: str | None = None  # None: the family's name
+    shared: bool = False  # an MLP for all tokens is added
+    choice_bias: bool = False  # a bias is added to the scores for the choice of experts
     gguf_normalized: bool = True  # whether weights of the chosen experts add up to 1, unless a file's key says so
 
 
@@ -77,6 +79,16 @@ _EXPERT_MATRICES = (
     ("gate", "ffn_gate_exps", ("XF", "D")),
     ("up", "ffn_up_exps", ("XF", "D")),
     ("down", "ffn_down_exps", ("D", "XF")),
+)
+
+
+_SHARED = (
+    layer_weight(
+        "mlp.shared.gate_up.weight",
+        tensor_spec("mlp.shared_experts.gate_proj", "ffn_gate_shexp", "SF", "D"),
+        tensor_spec("mlp.shared_experts.up_proj", "ffn_up_shexp", "SF", "D"),
+    ),
+    layer_weight("mlp.shared.down.weight", tensor_spec("mlp.shared_experts.down_proj", "ffn_down_shexp", "D", "SF")),
 )
 
 
@@ -101,4 +113,7 @@ def expert_weights(traits: ExpertTraits, count: int) -> tuple[WeightSpec, ...]:
             biases.append(TensorSpec(f"{hf}_bias", f"blk.{{i}}.{gguf}.bias", shape[:1], None, part, own))
         weights.append(WeightSpec(f"layers.{{i}}.mlp.{name}.weight", tuple(tensors), "experts"))
         weights += [WeightSpec(f"layers.{{i}}.mlp.{name}.bias", tuple(biases))] if traits.bias else []
-    return tuple(weights)
+    if traits.choice_bias:
+        bias = TensorSpec(f"{block}.{traits.hf_router}.e_score_correction_bias", "blk.{i}.exp_probs_b.bias", ("X",))
+        weights.append(layer_weight("mlp.choice_bias", bias))
+    return (*weights, *(_SHARED if traits.shared else ()))

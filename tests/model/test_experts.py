@@ -77,28 +77,72 @@ def test_weights_of_logits_that_are_no_numbers_are_none(either: Kernels) -> None
     assert routes.weights[1, 2] == 0
 
 
-def test_kernel_and_xla_choose_the_same_experts(kernels: cpu.CpuKernels) -> None:
+ROUTERS = {
+    "normalized": Experts(40, 6, 8, normalized=True),
+    "softmax": Experts(40, 6, 8, normalized=False),
+    "groups": Experts(40, 6, 8, normalized=False, groups=5, open_groups=2, scale=3.5),
+    "sigmoid": Experts(40, 6, 8, normalized=True, scoring="sigmoid", groups=8, open_groups=3, scale=2.5),
+    "plain sigmoid": Experts(40, 6, 8, normalized=False, scoring="sigmoid"),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_route_follows_its_definition(either: Kernels, name: str) -> None:
+    """The weights of the papers, in float64; of equal experts and groups the lower is chosen."""
+    experts, live = ROUTERS[name], 290
+    logits, bias = jnp.round(4 * normal(300, 40)) / 2, jnp.round(normal(40, seed=1)) / 2  # many are equal
+    routes = route(logits, jnp.int32(live), experts, either, bias)
+    for token in range(0, live, 7):
+        x = np.asarray(logits[token], np.float64)
+        sigmoids = 1 / (1 + np.exp(-x))
+        scores, keys_of_all = (
+            (sigmoids, sigmoids + bias) if experts.scoring == "sigmoid" else (np.exp(x) / np.exp(x).sum(), x)
+        )
+        keys = np.array(keys_of_all, np.float32).reshape(experts.groups, -1)
+        best = np.sort(keys, axis=1)[:, ::-1]
+        values = best[:, :2].sum(axis=1) if experts.scoring == "sigmoid" else best[:, 0]
+        keys[np.argsort(-values, kind="stable")[experts.open_groups :]] = -np.inf
+        ids = np.argsort(-keys.reshape(-1), kind="stable")[: experts.per_token]
+        weights = scores[ids] / (scores[ids].sum() if experts.normalized else 1) * experts.scale
+        assert routes.ids[token].tolist() == ids.tolist()
+        np.testing.assert_allclose(routes.weights[token], weights, rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_kernel_and_xla_choose_the_same_experts(kernels: cpu.CpuKernels, name: str) -> None:
     logits = jnp.round(4 * normal(300, 40))  # many are equal
-    for normalized in (True, False):
-        experts = Experts(40, 6, 8, normalized)
-        ours, reference = (routed(logits, 290, experts, each) for each in (Kernels(kernels), Kernels()))
-        assert (ours.ids == reference.ids)[:290].all()
-        np.testing.assert_allclose(ours.weights[:290], reference.weights[:290], rtol=2e-6)
-        assert (ours.starts == reference.starts).all()
-        assert (ours.places == reference.places).all()
-        assert (ours.order == reference.order).all()
+    ours, reference = (routed(logits, 290, ROUTERS[name], each) for each in (Kernels(kernels), Kernels()))
+    assert (ours.ids == reference.ids)[:290].all()
+    np.testing.assert_allclose(ours.weights[:290], reference.weights[:290], rtol=2e-6)
+    assert (ours.starts == reference.starts).all()
+    assert (ours.places == reference.places).all()
+    assert (ours.order == reference.order).all()
 
 
-@pytest.mark.parametrize(("count", "k", "normalized"), [(6, 3, True), (6, 3, False), (64, 8, False)])
-def test_route_gives_a_token_the_same_bits_in_any_company(
-    either: Kernels, count: int, k: int, normalized: bool
-) -> None:
-    run = jax.jit(partial(routed, experts=Experts(count, k, 8, normalized), kernels=either))
-    logits = 3 * normal(256, count)
+@pytest.mark.parametrize(
+    "experts",
+    [
+        Experts(6, 3, 8, normalized=True),
+        Experts(6, 3, 8, normalized=False),
+        Experts(64, 8, 8, normalized=False),
+        Experts(64, 8, 8, normalized=True, scoring="sigmoid", groups=4, open_groups=2),
+    ],
+)
+def test_route_gives_a_token_the_same_bits_in_any_company(either: Kernels, experts: Experts) -> None:
+    run = jax.jit(partial(routed, experts=experts, kernels=either))
+    logits = 3 * normal(256, experts.count)
     full = run(logits, 256).weights
     for size in (1, 7, 80):
         for start in range(0, 256 - size, 59):
             np.testing.assert_array_equal(run(logits[start : start + size], size).weights, full[start : start + size])
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_weights_of_one_logit_that_is_no_number_are_none(either: Kernels, scoring: Any) -> None:
+    experts = Experts(6, 2, 8, normalized=True, scoring=scoring, groups=3, open_groups=2)
+    routes = routed(jnp.array([[0.0, jnp.nan, 1.0, 2.0, 5.0, 4.0]] * 2).at[1, 1].set(0.0), 2, experts, either)
+    assert np.isnan(routes.weights[0]).all()
+    assert np.isfinite(routes.weights[1]).all()
 
 
 def test_routes_are_sorted_by_expert_with_padding_last(either: Kernels) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from model.config import Experts
 from model.kernels import ScoreOptions
 from model.kernels.cpu.library import Target
 from model.packed import PackedWeight
@@ -49,12 +50,22 @@ def expert_linear(x: Array, weight: PackedWeight, starts: Array) -> Array:
     return call(x, weight.words, weight.scales, starts, format=weight.format.name)
 
 
-def route(logits: Array, live: Array, *, k: int, normalized: bool) -> tuple[Array, Array, Array, Array, Array]:
-    """The fields of `model.experts.Routes` in order, for logits [M, X] float32."""
-    M, X = logits.shape
+def route(logits: Array, bias: Array, live: Array, *, experts: Experts) -> tuple[Array, Array, Array, Array, Array]:
+    """The fields of `model.experts.Routes` in order, for logits [M, X] float32 and bias [X] float32 of the choice.
+
+    A softmax reads no bias.
+    """
+    (M, X), k = logits.shape, experts.per_token
     shapes = [((M, k), jnp.float32), *(((M, k), jnp.int32),), *(((M * k,), jnp.int32),) * 2, ((X + 1,), jnp.int32)]
     call = jax.ffi.ffi_call(Target.ROUTE, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes))
-    weights, ids, order, places, starts = call(logits, live, normalized=normalized)
+    attributes = {
+        "normalized": experts.normalized,
+        "sigmoid": experts.scoring == "sigmoid",
+        "groups": np.int64(experts.groups),
+        "open": np.int64(experts.open_groups),
+        "scale": np.float32(experts.scale),
+    }
+    weights, ids, order, places, starts = call(logits, bias, live, **attributes)
     return weights, ids, order, places, starts
 
 

@@ -93,23 +93,27 @@ ffi::Error CapRows(ffi::ThreadPool pool, F32 x, Live live, ffi::Result<F32> y, f
 
 // Weights and ids [M, k] of the experts of each token, from logits [M, X]; the M k rows, row m k + j being expert j of
 // token m, sorted by expert, those of padding last; the place of each row, and where the rows of each expert start.
-ffi::Error Route(ffi::ThreadPool pool, F32 logits, Live live, ffi::Result<F32> weights, ffi::Result<S32> ids,
-                 ffi::Result<S32> order, ffi::Result<S32> places, ffi::Result<S32> starts, bool normalized) {
+ffi::Error Route(ffi::ThreadPool pool, F32 logits, F32 bias, Live live, ffi::Result<F32> weights, ffi::Result<S32> ids,
+                 ffi::Result<S32> order, ffi::Result<S32> places, ffi::Result<S32> starts, bool normalized,
+                 bool sigmoid, int64_t groups, int64_t open, float scale) {
   const auto in = logits.dimensions(), out = weights->dimensions();
   const bool fits = in.size() == 2 && out.size() == 2 && out[0] == in[0] && out[1] >= 1 && out[1] <= in[1];
   const size_t rows = weights->element_count();
   if (!fits || ids->element_count() != rows || order->element_count() != rows || places->element_count() != rows ||
-      starts->element_count() != static_cast<size_t>(in[1]) + 1) {
+      starts->element_count() != static_cast<size_t>(in[1]) + 1 || groups < 1 || in[1] % groups != 0 || open < 1 ||
+      (sigmoid && (bias.element_count() != static_cast<size_t>(in[1]) || (groups > 1 && in[1] / groups < 2)))) {
     return ffi::Error::InvalidArgument(
-        "route takes logits [M, X] and gives weights [M, k], ids [M, k], order [M k], places [M k], starts [X + 1]");
+        "route takes logits [M, X] and bias [X] and gives weights [M, k], ids [M, k], order [M k], places [M k], "
+        "starts [X + 1]");
   }
+  const Router router = {in[1], out[1], groups, open, sigmoid, normalized, scale, bias.typed_data()};
   const int64_t count = in[1], k = out[1], tokens = std::clamp<int64_t>(*live.typed_data(), 0, in[0]);
   const float* from = logits.typed_data();
   float* shares = weights->typed_data();
   int32_t *chosen = ids->typed_data(), *sorted = order->typed_data(), *first = starts->typed_data();
   std::fill_n(chosen + tokens * k, (in[0] - tokens) * k, 0);
   const bool done = ForRows(pool, in[0], tokens, count, shares, k * sizeof(float), [=](int64_t i) {
-    ChooseExperts(from + i * count, count, k, normalized, shares + i * k, chosen + i * k);
+    ChooseExperts(from + i * count, router, shares + i * k, chosen + i * k);
   });
   if (!done) return Outcome(false);
   std::fill_n(first, count + 1, 0);
@@ -237,7 +241,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_clamped_swiglu, ClampedSwiglu, GatedBindi
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_soft_cap, CapRows, (Bind<F32, Live>().Ret<F32>().Attr<float>("cap")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     logprobd_route, Route,
-    (Bind<F32, Live>().Ret<F32>().Ret<S32>().Ret<S32>().Ret<S32>().Ret<S32>().Attr<bool>("normalized")));
+    (Bind<F32, F32, Live>().Ret<F32>().Ret<S32>().Ret<S32>().Ret<S32>().Ret<S32>().Attr<bool>("normalized")
+         .Attr<bool>("sigmoid").Attr<int64_t>("groups").Attr<int64_t>("open").Attr<float>("scale")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_combine, Combine, (Bind<F32, S32, F32, Live>().Ret<F32>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_rotate, RotateAndStore,
                               (Bind<F32, F32, F32, ffi::AnyBuffer, ffi::AnyBuffer, S32, S32>()

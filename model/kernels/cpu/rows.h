@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include "vectors.h"
 
@@ -79,35 +80,87 @@ void RotateHead(const float* x, const float* cos, const float* sin, int64_t half
   }
 }
 
-// The k largest of `count` logits, the largest first and of equal ones the first, and their shares of the sum of
-// exponentials of all logits, or of the chosen ones. With a NaN among the logits all shares are NaN.
-inline void ChooseExperts(const float* logits, int64_t count, int64_t k, bool normalized, float* shares, int32_t* ids) {
+struct Router {
+  int64_t count, k;      // experts, and those of a token
+  int64_t groups, open;  // consecutive experts are a group: a token is routed to experts of its `open` best groups
+  bool sigmoid;          // scores are sigmoids of the logits, not their softmax
+  bool normalized;       // weights are divided by their sum
+  float scale;           // of the weights
+  const float* bias;     // [count] added to sigmoids, for the choice only
+};
+
+// The places of the k largest of `count` keys, the largest first and of equal ones the first.
+inline void FindLargest(const float* keys, int64_t count, int64_t k, int32_t* places) {
   int64_t found = 0;
-  bool is_number = true;
   for (int64_t i = 0; i < count; ++i) {
-    is_number = is_number && logits[i] == logits[i];
     int64_t at = found;
-    while (at > 0 && logits[i] > logits[ids[at - 1]]) --at;
+    while (at > 0 && keys[i] > keys[places[at - 1]]) --at;
     if (at == k) continue;
     found = std::min(found + 1, k);
-    std::copy_backward(ids + at, ids + found - 1, ids + found);
-    ids[at] = static_cast<int32_t>(i);
+    std::copy_backward(places + at, places + found - 1, places + found);
+    places[at] = static_cast<int32_t>(i);
+  }
+}
+
+// Makes the keys of experts in closed groups -inf. A group is as good as its best logit, or its two best sigmoids.
+inline void CloseGroups(const Router& router, float* keys) {
+  const int64_t size = router.count / router.groups, taken = router.sigmoid ? 2 : 1;
+  std::vector<float> values(router.groups);
+  std::vector<int32_t> best(router.groups);
+  for (int64_t group = 0; group < router.groups; ++group) {
+    int32_t top[2];
+    FindLargest(keys + group * size, size, taken, top);
+    values[group] = keys[group * size + top[0]] + (router.sigmoid ? keys[group * size + top[1]] : 0.0f);
+  }
+  FindLargest(values.data(), router.groups, router.groups, best.data());
+  for (int64_t i = router.open; i < router.groups; ++i) {
+    std::fill_n(keys + best[i] * size, size, -std::numeric_limits<float>::infinity());
+  }
+}
+
+// The experts of a token and their weights, the best first and of equal ones the first. With a NaN among the logits all
+// weights are NaN.
+inline void ChooseExperts(const float* logits, const Router& router, float* weights, int32_t* ids) {
+  const int64_t count = router.count, k = router.k;
+  std::vector<float> scores, keys;
+  if (router.sigmoid) {
+    scores.resize(count);
+    keys.resize(count);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Floats score = Sigmoid(LoadSome(logits + i, count - i));
+      StoreSome(scores.data() + i, count - i, score);
+      StoreSome(keys.data() + i, count - i, Add(score, LoadSome(router.bias + i, count - i)));
+    }
+  } else if (router.open < router.groups) {
+    keys.assign(logits, logits + count);
+  }
+  if (router.open < router.groups) CloseGroups(router, keys.data());
+  FindLargest(keys.empty() ? logits : keys.data(), count, k, ids);
+  const bool is_number = std::all_of(logits, logits + count, [](float logit) { return logit == logit; });
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  if (router.sigmoid) {
+    float sum = 0;
+    for (int64_t i = 0; i < k; ++i) sum += weights[i] = scores[ids[i]];
+    const float total = !is_number ? nan : router.normalized ? sum + 1e-20f : 1.0f;
+    for (int64_t i = 0; i < k; ++i) weights[i] = weights[i] / total * router.scale;
+    return;
   }
   const float best = logits[ids[0]];
-  for (int64_t i = 0; i < k; ++i) shares[i] = logits[ids[i]];
+  for (int64_t i = 0; i < k; ++i) weights[i] = logits[ids[i]];
   const auto exponentials = [best](const float* from, int64_t left) {
     alignas(64) float some[kLanes];
     std::fill_n(some, kLanes, -std::numeric_limits<float>::infinity());
     std::copy_n(from, std::min<int64_t>(left, kLanes), some);
     return ExpOfNegative(Sub(Load(some), Fill(best)));
   };
-  const float* summed = normalized ? shares : logits;
+  const float* summed = router.normalized ? weights : logits;
+  const int64_t terms = router.normalized ? k : count;
   Floats sum = Zeros();
-  for (int64_t i = 0; i < (normalized ? k : count); i += kLanes) {
-    sum = Add(sum, exponentials(summed + i, (normalized ? k : count) - i));
+  for (int64_t i = 0; i < terms; i += kLanes) sum = Add(sum, exponentials(summed + i, terms - i));
+  const Floats total = Fill(is_number ? SumOf(sum) : nan), scale = Fill(router.scale);
+  for (int64_t i = 0; i < k; i += kLanes) {
+    StoreSome(weights + i, k - i, Mul(Div(exponentials(weights + i, k - i), total), scale));
   }
-  const Floats total = Fill(is_number ? SumOf(sum) : std::numeric_limits<float>::quiet_NaN());
-  for (int64_t i = 0; i < k; i += kLanes) StoreSome(shares + i, k - i, Div(exponentials(shares + i, k - i), total));
 }
 
 // y = the sum of k rows of x, times their weights, in order.

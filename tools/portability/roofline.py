@@ -1,7 +1,7 @@
 """Minimum work of a program per device: bytes from memory, flops, bytes between devices.
 
 The roofline (Williams et al. 2009) of a step: each weight it uses is read once, and so are the cached keys and values
-of its rows; intermediate results never go to memory.
+of its rows; intermediate results never go to memory. Of experts, as many are used as if each token chose at random.
 """
 
 import math
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from compiled.programs import Shape
 from compiled.shapes import DecodeShape, HeadShape, PrefillShape
+from model.config import ModelConfig
 from model.kv_cache import PAGE_SIZE
 from model.transformer import BoundModel, abstract_weights
 from tools.portability.chips import Chip
@@ -56,14 +57,25 @@ def work_of(model: BoundModel, shape: Shape, context: int) -> Work | None:
         case DecodeShape() | PrefillShape():
             rows, prefills = shape.rows, isinstance(shape, PrefillShape)
             tokens = rows * shape.tokens if isinstance(shape, PrefillShape) else rows
-            used = layers if prefills else layers + V * D  # prefill runs no head
+            head = 0 if prefills else V * D
             attention = 4 * tokens * context * L * config.num_heads * config.head_dim
-            read = size * (used + tokens * D) + rows * context * _bytes_per_token(model)
+            unused, idle = _unused_experts(config, tokens), _unused_experts(config, 1)
+            read = size * (layers - unused + head + tokens * D) + rows * context * _bytes_per_token(model)
             summed = (2 * L + 1) * tokens * D * _FLOAT  # after attention and MLP of each layer, and the embeddings
-            return Work(read, 2 * tokens * used + attention, _linked(cut.shards, summed))
+            flops = 2 * tokens * (layers - idle + head) + attention
+            return Work(read, flops, _linked(cut.shards, summed))
         case HeadShape(rows):
             return Work(size * rows * D + size * V * D, 2 * rows * V * D, _linked(cut.shards, rows * D * size) // 2)
     return None
+
+
+def _unused_experts(config: ModelConfig, tokens: int) -> int:
+    """Number of weights of the experts that no token uses; the expectation if each token chooses at random."""
+    experts = config.experts
+    if experts is None:
+        return 0
+    unused = experts.count * (1 - experts.per_token / experts.count) ** tokens
+    return round(unused * sum(kind.is_sparse for kind in config.layers) * 3 * config.hidden_size * experts.size)
 
 
 def _bytes_per_token(model: BoundModel) -> int:

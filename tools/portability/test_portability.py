@@ -189,6 +189,21 @@ def test_work_of_prefill_and_score() -> None:
     assert work_of(qwen(), PENALTIES, context=0) is None
 
 
+def test_work_of_experts() -> None:
+    """One token uses 8 of 128 experts, 16 tokens 82.4 in the mean."""
+    config = json.loads(Path("examples/configs/Qwen3-30B-A3B/config.json").read_text("utf-8"))
+    model = abstract_model(config_from_hf(config), "bfloat16")
+    one, many = (work_of(model, DecodeShape(rows, 64), context=0) for rows in (1, 16))
+    assert one is not None
+    assert many is not None
+    others = 48 * (2048 * (4096 + 2 * 512) + 4096 * 2048 + 128 * 2048) + 151_936 * 2048
+    expert = 48 * 3 * 2048 * 768
+    assert one.flops == 2 * (others + 8 * expert)
+    assert many.flops == 16 * one.flops
+    assert one.read == 2 * (others + 8 * expert + 2048)
+    assert many.read == pytest.approx(2 * (others + 82.4 * expert), rel=1e-3)
+
+
 def test_work_on_a_tpu_counts_no_padding() -> None:
     """576 features are stored as 640; two heads of 64 as two of 128, for keys and values, in 24 layers."""
     config = dataclasses.replace(qwen().config, hidden_size=576)

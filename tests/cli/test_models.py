@@ -1,7 +1,9 @@
 """`logprobd models`: which models it finds, and what it reports about them."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +127,15 @@ def test_models_pull_list_and_rm(hub: Hub, cache: Path, capsys: pytest.CaptureFi
     assert command("rm org/tiny --yes") == 0
     assert listed(capsys) == []
     assert not (cache / "models--org--tiny").exists()
+
+
+def test_command_in_a_process_uses_hf_endpoint(hub: Hub, tmp_path: Path) -> None:
+    variables = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    variables = {name: value for name, value in variables.items() if name not in ("HF_HUB_CACHE", "HF_HUB_OFFLINE")}
+    line = [sys.executable, "-m", "serve", "models", "pull", "org/tiny:F32"]
+    run = subprocess.run(line, env=variables, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert list((tmp_path / "home/hub/models--org--tiny").glob("snapshots/*/a-F32.gguf"))
 
 
 def test_models_of_a_download_that_is_not_complete(hub: Hub, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

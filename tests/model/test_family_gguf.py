@@ -1,5 +1,6 @@
 """Each family's tiny model as a GGUF file gives the network and the weights of its Hugging Face directory."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,21 @@ def of_expert(weights: dict[str, NDArray[Any]], tensor: TensorSpec) -> NDArray[A
     return part
 
 
+def expressible(case: str) -> dict[str, Any]:
+    """The `config.json` of a case, changed where it has what GGUF files cannot say."""
+    hf = tiny_configs()[case]
+    if case == "smollm3":  # every fourth layer has no rotary embedding
+        hf = hf | {"num_hidden_layers": 4, "no_rope_layers": None}
+    if case == "gemma3":  # every sixth layer has full attention, and scores are scaled by the head size
+        kinds = [*["sliding_attention"] * 5, "full_attention"]
+        hf = hf | {"num_hidden_layers": 6, "layer_types": kinds, "query_pre_attn_scalar": 16}
+    if case == "gemma2":
+        hf = hf | {"query_pre_attn_scalar": 16}
+    if case == "qwen3moe":  # all layers have experts
+        hf = hf | {"mlp_only_layers": []}
+    return hf
+
+
 def write_gguf(
     path: Path,
     hf: dict[str, Any],
@@ -39,8 +55,9 @@ def write_gguf(
     config: ModelConfig,
     *,
     experts_as: GGMLQuantizationType = GGMLQuantizationType.F32,
+    tokens: Sequence[str] = (),
 ) -> Path:
-    """Write the file as llama.cpp's converter does."""
+    """Write the file as llama.cpp's converter does. The last of `tokens`, if any, is "ab"."""
     family = config.traits
     expert_arch = family.experts and family.experts.gguf_architecture
     arch = {"olmo3": "olmo2"}.get(family.name, expert_arch or family.name)
@@ -83,6 +100,12 @@ def write_gguf(
         writer.add_expert_used_count(config.experts.per_token)
         writer.add_expert_feed_forward_length(config.experts.size)
     _add_rope(writer, hf, rope)
+    if tokens:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+        writer.add_token_merges(["a b"])
     for weight in config.weights().values():
         if weight.tensors[0].gguf_slice is not None:
             values = np.stack([of_expert(weights, tensor) for tensor in weight.tensors])
@@ -128,16 +151,7 @@ def of_checkpoint(checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_gguf_file_equals_the_hf_directory(tmp_path: Path, case: str) -> None:
-    hf = tiny_configs()[case]
-    if case == "smollm3":  # not in the file: every fourth layer
-        hf = hf | {"num_hidden_layers": 4, "no_rope_layers": None}
-    if case == "gemma3":  # nor this: every sixth layer has full attention, and scores are scaled by the head size
-        kinds = [*["sliding_attention"] * 5, "full_attention"]
-        hf = hf | {"num_hidden_layers": 6, "layer_types": kinds, "query_pre_attn_scalar": 16}
-    if case == "gemma2":
-        hf = hf | {"query_pre_attn_scalar": 16}
-    if case == "qwen3moe":  # nor are dense layers
-        hf = hf | {"mlp_only_layers": []}
+    hf = expressible(case)
     weights = random_weights(hf, 1)
     folder = tmp_path / "hf"
     folder.mkdir()

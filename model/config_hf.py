@@ -30,6 +30,7 @@ from model.rope import Rope
 from model.text_half import text_config_of
 
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"  # entries of `layer_types`
+_TYPES = {"attention": _GLOBAL}  # other names of them
 
 
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
@@ -55,7 +56,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         family=family.name,
         vocab_size=int_of(config, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=int_of(config, "intermediate_size"),
+        intermediate_size=int_of(config, family.mlp_size),
         num_heads=heads,
         num_kv_heads=int_of(config, "num_key_value_heads", heads),
         head_dim=head_dim,
@@ -102,7 +103,10 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
         keys |= {"sliding_window"}
     if config.get("sliding_window_size") == config.get("sliding_window"):  # Gemma 2 has both
         keys |= {"sliding_window_size"}
-    check_keys(config, keys, {**NEUTRAL, **family.hf_neutral})
+    for key, value in family.hf_required.items():
+        if config.get(key) != value:
+            raise ConfigError(f"{key} {short_repr(config.get(key))} is not supported; known: {value}")
+    check_keys(config, keys | family.hf_required.keys(), {**NEUTRAL, **family.hf_neutral})
 
 
 def _cap(config: Mapping[str, Any], key: str) -> float:
@@ -131,7 +135,9 @@ def _windows(config: Mapping[str, Any], family: Family) -> list[int]:
     has_window = family.has_window and (not family.window_flag or bool_of(config, "use_sliding_window", False))
     window = int_of(config, "sliding_window", low=1) if has_window and config.get("sliding_window") is not None else 0
     first = int_of(config, "max_window_layers", 0) if "max_window_layers" in family.hf_defaults else 0
-    types = strings_of(config, "layer_types")
+    types = [_TYPES.get(name, name) for name in strings_of(config, "layer_types")]
+    if family.recurrent and not types:
+        raise ConfigError("layer_types is missing: recurrent layers are not supported")
     period = family.local_period
     if period and not types and config.get("sliding_window_pattern") is not None:
         period = int_of(config, "sliding_window_pattern", low=1)

@@ -33,9 +33,7 @@ _XIELU = layer_weight(
     ),
 )
 _FUSED_QKV = layer_weight("attention.qkv.weight", tensor_spec("self_attn.qkv_proj", "attn_qkv", "QKV", "D"))
-_FUSED_GATE_UP = layer_weight("mlp.gate_up.weight", tensor_spec("mlp.gate_up_proj", "ffn_up", "FF", "D"))
 _OUT = layer_weight("attention.out.weight", tensor_spec("self_attn.o_proj", "attn_output", "D", "Q"))
-_DOWN = layer_weight("mlp.down.weight", tensor_spec("mlp.down_proj", "ffn_down", "D", "F"))
 QKV_BIAS = layer_weight(
     "attention.qkv.bias",
     tensor_spec("self_attn.q_proj", "attn_q", "Q", heads="H", kind="bias"),
@@ -87,8 +85,11 @@ class Family:
     gguf_yarn_truncate: bool = True  # YaRN's `truncate`, which GGUF files do not have
     gguf_defaults: Mapping[str, Any] = field(default_factory=dict)  # defaults of llama.cpp, without the architecture
     hf_neutral: Mapping[str, Any] = field(default_factory=dict)  # values at which other keys have no effect
+    hf_required: Mapping[str, Any] = field(default_factory=dict)  # the only supported values of other keys
+    recurrent: bool = False  # without `layer_types` all layers are recurrent
     ignored: tuple[str, ...] = ()  # checkpoint tensors that are not needed
     experts: ExpertTraits | None = None  # of a family whose layers may have a mixture of experts as MLP
+    mlp_names: tuple[str, str] = ("mlp.gate_up_proj", "mlp.down_proj")  # modules of a fused MLP in safetensors
     # Names of the modules of a norm in both formats, if they are not the usual ones.
     norm_names: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -106,6 +107,12 @@ class Family:
         return _ACTIVATIONS.get(self.activation, (self.activation,))
 
     @property
+    def mlp_size(self) -> str:
+        """The key of the MLP's size in config.json."""
+        key = "shared_intermediate_size"
+        return key if key in self.hf_defaults else "intermediate_size"
+
+    @property
     def norm_eps(self) -> str:
         """The key of the epsilon in config.json."""
         return "rms_norm_eps" if self.norm == "rms" else "layer_norm_eps"
@@ -120,8 +127,12 @@ class Family:
             weights += [
                 layer_weight(f"{path}.{kind}", tensor_spec(hf, gguf, "D", kind=kind)) for kind in self._norm_kinds
             ]
-        gate_up = _FUSED_GATE_UP if "gate_up" in self.fused else _GATE_UP if self.gated else _UP
-        mlp = (gate_up, _DOWN) if not (experts and self.experts) else expert_weights(self.experts, experts)
+        fused, down = self.mlp_names
+        gate_up = _GATE_UP if self.gated else _UP
+        if "gate_up" in self.fused:
+            gate_up = layer_weight("mlp.gate_up.weight", tensor_spec(fused, "ffn_up", "FF", "D"))
+        down_weight = layer_weight("mlp.down.weight", tensor_spec(down, "ffn_down", "D", "F"))
+        mlp = (gate_up, down_weight) if not (experts and self.experts) else expert_weights(self.experts, experts)
         weights += [_FUSED_QKV if "qkv" in self.fused else _QKV, _OUT, *mlp]
         weights += [QKV_BIAS] if self.qkv_bias else []
         weights += [OUT_BIAS] if self.out_bias else []

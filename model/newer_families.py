@@ -8,6 +8,14 @@ from model.family import Family
 _COHERE2_FLAGS = ("use_embedding_sharing", "use_gated_activation", "use_parallel_block", "use_parallel_embedding")
 _COHERE2: dict[str, Any] = dict.fromkeys(_COHERE2_FLAGS, True) | {"layer_switch": 4, "use_qk_norm": False}
 _COHERE2 |= {"order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj", "rotary_pct": 1}
+_GRANITE: dict[str, Any] = dict.fromkeys(
+    ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0
+)
+# Of layers that dense models without recurrent layers do not have.
+_UNUSED = ("num_experts_per_tok", "intermediate_size", "normalization_function", "init_method", "time_step_limit")
+_MAMBA = ("n_heads", "n_groups", "d_state", "d_head", "d_conv", "expand", "chunk_size", "conv_bias", "proj_bias")
+_GRANITE4 = _GRANITE | dict.fromkeys((*_UNUSED, *(f"mamba_{name}" for name in _MAMBA)))
+_GRANITE4 |= {"shared_intermediate_size": 1024, "max_position_embeddings": 2048}
 
 NEWER_FAMILIES = (
     Family(  # GGUF files are of architecture "olmo2" and have a window
@@ -48,9 +56,18 @@ NEWER_FAMILIES = (
         name="granite",
         hf_architecture="GraniteForCausalLM",
         gguf_interleaved_rotary=True,
-        hf_defaults=dict.fromkeys(
-            ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0
-        ),
+        hf_defaults=_GRANITE,
+    ),
+    Family(  # its dense models without recurrent layers, whose GGUF files are of architecture "granite"
+        name="granite4",
+        hf_architecture="GraniteMoeHybridForCausalLM",
+        hf_model_type="granitemoehybrid",
+        in_gguf=False,
+        fused=("gate_up",),
+        mlp_names=("shared_mlp.input_linear", "shared_mlp.output_linear"),
+        hf_defaults=_GRANITE4,
+        hf_required={"num_local_experts": 0, "position_embedding_type": "rope"},
+        recurrent=True,
     ),
     Family(
         name="seed_oss",

@@ -30,7 +30,10 @@ def gguf(change: dict[str, Any], **tensors: tuple[float, ...]) -> ModelConfig:
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_hf_takes_all_keys_that_transformers_writes(family: Any) -> None:
-    written = CONFIG_MAPPING[family.hf_model_type or family.name](architectures=[family.hf_architecture])
+    keys = dict(family.hf_required)
+    if family.recurrent:
+        keys["layer_types"] = ["full_attention"] * 32
+    written = CONFIG_MAPPING[family.hf_model_type or family.name](architectures=[family.hf_architecture], **keys)
     assert config_from_hf(written.to_dict()) == config_from_hf(written.to_diff_dict())
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -36,7 +37,9 @@ from serve.api.tokenize import Tokenization
 from serve.api.unsent import unsent_bytes
 from serve.api.validation import served_name
 from serve.config.config import ServeConfig
+from serve.config.generation_config import SamplingFields
 from serve.engine.client import EngineClient
+from serve.engine.request import SamplingParams
 from serve.grammar.compiler import GrammarBusyError, GrammarCompiler
 from serve.text.chat import ChatFormat, PromptError
 from serve.text.chat_template import TemplateBusyError, TemplateSandbox
@@ -171,6 +174,12 @@ def _generation_routes(context: Context) -> list[Route]:
     ]
 
 
+def _sampling_defaults(model: ServedModel) -> dict[str, float]:
+    """Values of the sampling fields that a request omits."""
+    unset = {field.name: field.default for field in fields(SamplingParams) if field.name in SamplingFields.model_fields}
+    return unset | model.defaults.model_dump(include=set(unset), exclude_none=True)
+
+
 def _status_routes(context: Context, readiness: Readiness) -> list[Route]:
     engine, names = context.engine, context.model.names
 
@@ -186,6 +195,7 @@ def _status_routes(context: Context, readiness: Readiness) -> list[Route]:
             "max_logprobs": engine.limits.max_logprobs,
             "whole_vocabulary": engine.limits.full_vocab,
             "bits_per_weight": context.model.bits_per_weight,
+            "sampling_defaults": _sampling_defaults(context.model),
         }
 
     def short_card(name: str) -> dict[str, str]:

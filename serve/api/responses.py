@@ -225,6 +225,7 @@ class ModelCard(Answer):
     max_logprobs: int
     whole_vocabulary: bool
     bits_per_weight: Annotated[float | None, Field(description="of the model's matrices in memory")]
+    sampling_defaults: Annotated[dict[str, float], Field(description="values of sampling fields that a request omits")]
 
 
 class ShortModelCard(Answer):

@@ -130,6 +130,15 @@ async def test_models_list(server: Server) -> None:
         "max_logprobs": K,
         "whole_vocabulary": False,
         "bits_per_weight": None,
+        "sampling_defaults": {
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "repetition_penalty": 1.0,
+        },
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import axe_playwright_python
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 from tests.integration.browser.inspector import Inspector
 from tests.support.http_client import MODEL
@@ -63,7 +63,7 @@ def decide(page: Inspector) -> Locator:
     page.page.get_by_role("tab", name="Inspect").focus()
     keys.press("ArrowRight")
     expect(page.page.get_by_role("tab", name="Decide")).to_be_focused()
-    for _ in range(5):  # after three links and buttons, and the type of the state
+    for _ in range(6):  # after four links and buttons, and the type of the state
         keys.press("Tab")
     expect(form.get_by_label("State", exact=True)).to_be_focused()
     keys.insert_text("A few words <begin>")
@@ -109,6 +109,23 @@ def test_narrow_screen_layout_of_decisions(page: Inspector) -> None:
     width, inner = page.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert width <= inner
     page.screenshot("decide-narrow")
+
+
+def test_examples_of_a_first_visit(page: Inspector, context: BrowserContext, url: str) -> None:
+    expect(page.page.locator("#settings [name=temperature]")).to_have_attribute("placeholder", "1")
+    page.screenshot("first-visit")
+    for name, start in (("A fact", "The capital of France"), ("A chat", "user:Why is the sky")):
+        visit = Inspector(context.new_page())
+        visit.open(url, MODEL)
+        examples = visit.page.get_by_role("region", name="Examples")
+        examples.get_by_role("button", name=name).click()
+        visit.pane().wait()
+        assert "".join(visit.pane().texts()).startswith(start)
+        expect(examples).to_be_hidden()
+        assert visit.complaints == []
+    page.page.get_by_role("button", name="A decision").click()
+    alert = page.page.locator("#decide .question").get_by_role("alert")
+    expect(alert).to_contain_text("the labels 'Yes', 'No'")  # it was sent; this server's tokens are single bytes
 
 
 def test_theme_can_be_chosen(page: Inspector) -> None:

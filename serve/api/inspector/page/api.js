@@ -91,7 +91,8 @@ export class Server {
       throw new ServerError("key", this.key() ? "The API key is invalid." : "This server requires an API key.");
     }
     const error = (await response.json().catch(() => null))?.error;
-    throw new ServerError("refused", error?.message ?? `The server responded with status ${response.status}.`, error?.param);
+    const kind = error?.code === "not_ready" ? "down" : "refused"; // the model is being loaded
+    throw new ServerError(kind, error?.message ?? `The server responded with status ${response.status}.`, error?.param);
   }
 }
 

@@ -83,7 +83,7 @@ export class Decide {
     const click = (selector, action) => this.#part(selector).addEventListener("click", action);
     this.form.addEventListener("submit", (event) => {
       event.preventDefault();
-      this.#run();
+      this.run();
     });
     this.form.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.form.requestSubmit();
@@ -125,7 +125,7 @@ export class Decide {
     return { body, state: state.trim() };
   }
 
-  #run() {
+  run() {
     return this.work.run(async (signal) => {
       const { body, state } = this.#request();
       const startTime = performance.now();

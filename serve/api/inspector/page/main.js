@@ -4,6 +4,7 @@ import { Connection } from "./connection.js";
 import { Decide } from "./decide.js";
 import { Details } from "./details.js";
 import { make } from "./dom.js";
+import { EXAMPLES } from "./examples.js";
 import { importedRun } from "./import.js";
 import { Pane } from "./pane.js";
 import { Saved } from "./saved.js";
@@ -59,11 +60,15 @@ class Page {
   }
 
   /** Shows the model. Errors of the connection end. */
-  onConnect({ id, max_model_len: length, max_logprobs: maximum }) {
+  onConnect({ id, max_model_len: length, max_logprobs: maximum, sampling_defaults: defaults }) {
     get("model").textContent = `${id}, ${length.toLocaleString("en")} tokens`;
     const { alternatives } = get("settings").elements;
     alternatives.max = Math.min(maximum, MAX_ALTERNATIVES);
     alternatives.value = Math.min(alternatives.value, alternatives.max);
+    for (const [name, value] of Object.entries(defaults)) {
+      const field = get("settings").elements[name];
+      if (field) field.placeholder = name === "top_k" && value <= 0 ? "off" : value;
+    }
     this.#forgive("down", "key");
     if (this.cause === "connection") this.notify("");
   }
@@ -114,6 +119,7 @@ class Page {
 
   /** Shows the totals of both panes and their difference. */
   compare() {
+    get("welcome").hidden = this.panes.some((pane) => pane.run !== null);
     const [left, right] = this.panes.map((pane) => pane.totals);
     get("comparison").hidden = !left || !right;
     if (left && right) get("comparison").replaceChildren(comparison(left, right));
@@ -124,6 +130,20 @@ class Page {
     this.tabs.select("inspect");
     this.panes[0].open(run);
     this.panes[0].branch(run, index, alternative);
+  }
+
+  /** Runs an example. */
+  #example({ parameters, editor, decide }) {
+    this.tabs.select(decide ? "decide" : "inspect");
+    for (const [name, value] of Object.entries(parameters ?? {})) get("settings").elements[name].value = value;
+    if (decide) {
+      this.decide.set(decide);
+      this.decide.run();
+    } else {
+      this.panes[0].editor.set(editor);
+      this.panes[0].start();
+    }
+    this.onEdit();
   }
 
   /** Shows a saved run in the first pane. */
@@ -152,6 +172,10 @@ class Page {
       this.onEdit();
     });
     get("share").addEventListener("click", () => this.#share());
+    get("welcome").addEventListener("click", ({ target }) => {
+      const button = target.closest("button");
+      if (button) this.#example(EXAMPLES[button.dataset.example]);
+    });
     get("theme").addEventListener("click", () => this.#toggleTheme());
     get("saved-runs").addEventListener("click", async () => {
       await this.saved.toggle();

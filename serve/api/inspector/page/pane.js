@@ -136,12 +136,12 @@ export class Pane {
     const click = (selector, action) => this.#part(selector).addEventListener("click", action);
     this.#part(".editor").addEventListener("submit", (event) => {
       event.preventDefault();
-      this.#start();
+      this.start();
     });
     this.#part(".editor").addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.#start();
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.start();
     });
-    click(".score", () => this.#start({ max_tokens: 0 }));
+    click(".score", () => this.start({ max_tokens: 0 }));
     click(".stop", () => this.stop());
     click(".continue", () => this.#continue());
     click(".reply", () => this.#reply());
@@ -150,7 +150,7 @@ export class Pane {
   }
 
   /** Runs the prompt; `overrides` take precedence over the page's parameters. */
-  async #start(overrides = {}) {
+  async start(overrides = {}) {
     if (this.editor.empty) return this.#refuse("Enter a prompt first.");
     const { request } = this.editor; // read now: it may be edited while the server works
     const run = new Run(this.page.server, "1: the prompt", request);

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 # Formats of serve.tools.formats, which takes time to import.
 CALL_PARSERS = (
-    *("auto", "functiongemma", "gemma4", "granite", "granite_20b", "hermes", "lfm2", "llama3", "mistral"),
-    *("mistral_v3", "olmo3", "phi4_mini", "pythonic", "qwen3_coder", "smollm3"),
+    *("auto", "functiongemma", "gemma4", "granite", "granite_20b", "harmony", "hermes", "lfm2", "llama3"),
+    *("mistral", "mistral_v3", "olmo3", "phi4_mini", "pythonic", "qwen3_coder", "smollm3"),
 )
-REASONING_PARSERS = ("auto", "none", "gemma4", "mistral", "seed_oss", "think")
+REASONING_PARSERS = ("auto", "none", "gemma4", "harmony", "mistral", "seed_oss", "think")
 
 _LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")  # as in a Host header
 

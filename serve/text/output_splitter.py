@@ -1,9 +1,9 @@
 """OutputSplitter: the parts of one request's output, token by token."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from serve.text.output_parts import CallEnd, Parser, Part, PartReader, Reading, TokenOffsets
+from serve.text.output_parts import CallEnd, Parser, Part, PartReader, Reading, TextPart, TokenOffsets
 from serve.text.tokenizer import Tokenizer
 
 
@@ -11,6 +11,8 @@ from serve.text.tokenizer import Tokenizer
 class ReasoningMarks:
     start: str
     end: str
+    turn: str = ""  # start of each message, at the end of a prompt, if reasoning and answer are messages of their own
+    answer: str = ""  # header of the answer
 
 
 class OutputSplitter:
@@ -66,6 +68,8 @@ class OutputSplitter:
         for part in self._parts:
             if part is None or self.has_ended:
                 break
+            if self._marks is None and isinstance(part, TextPart):
+                part = replace(part, kind="content")
             parts.append(part)
             self.has_ended = self._single_call and isinstance(part, CallEnd)
         return parts
@@ -87,6 +91,8 @@ class OutputSplitter:
             yield from reader.skip_spaces()
             if (yield from reader.text_until("reasoning", (marks.end,))) is None:
                 return  # it was cut off
+            if marks.answer:
+                yield from reader.accept(marks.answer)
             start = reader.tokens(0, reader.position).stop
             yield from reader.skip_spaces()
             reader.release()

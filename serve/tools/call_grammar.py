@@ -39,6 +39,7 @@ def call_grammar(tools: ToolRequest, calls: CallFormat, alternative: GrammarRequ
     else:
         schema = load_schema(alternative.spec.text)
         content = {"type": "json_schema", "json_schema": closed(schema) if alternative.spec.closed else schema}
+        content = {"type": "sequence", "elements": [_text(calls.answer), content]} if calls.answer else content
         form = {"type": "or", "elements": [content, _required(tools, written)]}
     return json.dumps({"type": "structural_tag", "format": form})
 
@@ -85,6 +86,10 @@ def _optional(tools: ToolRequest, calls: CallFormat, written: WrittenCall) -> di
         marked = {"type": "sequence", "elements": [_text(marks[0]), held, *map(_text, ends[:1])]}
         content = {"type": "regex", "pattern": _CONTENT.format(re.escape(parse.first)), "excludes": marks}
         return {"type": "or", "elements": [held, marked, content]}
+    if calls.answer:
+        content = {"type": "any_text", "excludes": parse.begin}
+        answer = {"type": "sequence", "elements": [_text(calls.answer), content]}
+        return {"type": "or", "elements": [answer, _required(tools, written)]}
     if written.open:
         body = replace(written, open="", close="")
         tags = [{"begin": written.open, "content": _required(tools, body), "end": written.close}]

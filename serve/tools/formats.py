@@ -6,6 +6,7 @@ from typing import Any
 
 from serve.text.output_parts import Parser, PartReader, Reading
 from serve.text.output_splitter import ReasoningMarks
+from serve.tools import harmony
 from serve.tools.call_reader import CallReader
 from serve.tools.parsers import (
     GemmaCall,
@@ -45,11 +46,12 @@ WRITTEN_HERMES = WrittenCall("", f"<tool_call>\n{_OBJECT}", "}\n</tool_call>", "
 class CallFormat:
     name: str  # of --tool-call-parser
     marks: tuple[str, ...]  # all texts that may be special tokens
-    parse: Leading | Marked
+    parse: Leading | Marked | harmony.Channels
     hints: tuple[str, ...] = ()  # a template of this format contains one of them
     written: WrittenCall | None = None  # with arguments in JSON
     styled: WrittenCall | None = None  # with arguments that are no JSON
     short_ids: bool = False
+    answer: str = ""  # header of content, if calls, content and reasoning are messages of their own
 
     def parser(self, tools: Mapping[str, Mapping[str, Any]]) -> Parser:
         """A parser of outputs; `tools` are the schemas of the parameters by name."""
@@ -166,6 +168,14 @@ FORMATS = (
         ("python_tools",),
         WrittenCall("", f"<tool_call>{_OBJECT}", "}</tool_call>", "\n"),
     ),
+    CallFormat(
+        "harmony",
+        harmony.MARKS,
+        harmony.Channels(),
+        ("<|channel|>commentary",),
+        WrittenCall("", harmony.CALL, "", "<|end|>"),
+        answer=harmony.ANSWER,
+    ),
     HERMES,
 )
 _OTHER_HINTS = ("<arg_key>", "]<]minimax[>[")  # of formats that are not known, which share marks with others
@@ -175,6 +185,7 @@ REASONING = {
     "mistral": ReasoningMarks("[THINK]", "[/THINK]"),
     "gemma4": ReasoningMarks("<|channel>thought", "<channel|>"),
     "seed_oss": ReasoningMarks("<seed:think>", "</seed:think>"),
+    "harmony": ReasoningMarks("<|channel|>analysis<|message|>", "<|end|>", harmony.TURN, harmony.ANSWER),
 }
 
 
@@ -187,4 +198,4 @@ def format_of(template: str) -> CallFormat | None:
 
 def reasoning_of(template: str) -> ReasoningMarks | None:
     """The marks of reasoning that a chat template contains."""
-    return next((marks for marks in REASONING.values() if marks.end in template), None)
+    return next((marks for marks in REASONING.values() if (marks.start if marks.turn else marks.end) in template), None)

@@ -25,6 +25,7 @@ from serve.tools.formats import (
 AUTO = "auto"
 _TOOL_VARIABLES = ("tools", "xml_tools")  # the latter of SmolLM3
 _NEEDLE = "needle_function"
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # names in messages
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}\Z")
 _INSTRUCTIONS = """\
 You can call functions. Between <tools> and </tools> are their signatures, with JSON schemas of the arguments:
@@ -51,6 +52,8 @@ class ChatMarkup:
         """The messages of `check_messages` with what the template would leave out."""
         chat = list(messages)
         instructs = self._instructs(tools)
+        if self.calls.answer:
+            chat = _with_single_calls([_with_one_text(message) for message in chat])
         if any(message.get("tool_calls") for message in chat) and (instructs or not self.shows_calls):
             written = WRITTEN_HERMES if instructs or self.calls.written is None else self.calls.written
             chat = _with_calls(chat, written, keeps_results=self.shows_results and not instructs)
@@ -158,6 +161,39 @@ def _with_calls(
             message["content"] = "\n".join(filter(None, (message["content"], text)))
         chat.append(message)
     return chat
+
+
+def _with_one_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with calls, its reasoning before its content: harmony's templates refuse both and show either alike."""
+    texts = [message.get(name) for name in _REASONING]
+    reasoning = next((text for text in texts if isinstance(text, str)), None)
+    if not message.get("tool_calls") or not message["content"] or not reasoning:
+        return message
+    kept = {name: value for name, value in message.items() if name not in _REASONING}
+    return kept | {"content": f"{reasoning}\n\n{message['content']}"}
+
+
+def _with_single_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with one call each, followed by its results: harmony's templates show a message's first call."""
+    chat: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []  # after a message with several calls
+    for message in reversed(messages):
+        calls = message.get("tool_calls")
+        if message["role"] == "tool":
+            results.append(message)
+            continue
+        if isinstance(calls, list) and len(calls) > 1:
+            for place, call in reversed([*enumerate(calls)]):
+                call_id = call.get("id") if isinstance(call, Mapping) else None
+                chat += [result for result in results if result.get("tool_call_id") == call_id]
+                results = [result for result in results if result.get("tool_call_id") != call_id]
+                first = message if place == 0 else {"role": message["role"], "content": None}
+                chat.append(first | {"tool_calls": [call]})
+            results = []
+        else:
+            chat += [*results, message]
+            results = []
+    return [*reversed(results), *reversed(chat)]
 
 
 def _name_and_arguments(call: Any) -> tuple[str, str]:

@@ -40,7 +40,8 @@ class ReplyFormat:
         return self.calls is None and self.reasoning is None and self.thinking is None
 
     def splitter(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> OutputSplitter:
-        parse = None if self.calls is None or self.tools is None else self.calls.parser(self.tools.schemas)
+        schemas = self.tools.schemas if self.tools is not None and self.tools.callable else {}
+        parse = None if self.calls is None else self.calls.parser(schemas)
         return OutputSplitter(
             tokenizer,
             parse,
@@ -61,7 +62,7 @@ class ReplyFormat:
         Raises:
             PromptError: grammar and tools cannot be combined, or a tool's grammar is not supported.
         """
-        if self.calls is None or self.tools is None:
+        if self.calls is None or self.tools is None or not self.tools.callable:
             return stated
         is_required = self.tools.is_required
         if stated is not None:
@@ -86,8 +87,10 @@ class ReplyFormat:
         )
         return GrammarRequest(GrammarSpec(GrammarKind.STRUCTURAL_TAG, text, whitespace), "tools", unused)
 
-    def with_thinking(self, tokenizer: Tokenizer, vocab_size: int, answer: Grammar | None) -> Grammar | None:
-        """The grammar of the output, which may start with reasoning."""
+    def with_thinking(
+        self, tokenizer: Tokenizer, vocab_size: int, answer: Grammar | None, *, is_of_calls: bool = False
+    ) -> Grammar | None:
+        """The grammar of the output, which may start with reasoning. `is_of_calls`: the answer has its headers."""
         if self.thinking is None or (answer is None and self.budget is None):
             return answer
         return ThinkingGrammar(
@@ -97,15 +100,14 @@ class ReplyFormat:
             is_open=self.starts_in_reasoning,
             budget=self.budget,
             vocab_size=vocab_size,
+            has_header=is_of_calls,
         )
 
     def kept_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Special tokens that are marks of calls or reasoning."""
         marks = (*(self.calls.marks if self.calls else ()),)
-        if self.thinking is not None:
-            marks += (self.thinking.start, self.thinking.end)
-        elif self.reasoning is not None:
-            marks += (self.reasoning.start, self.reasoning.end)
+        if (reasoning := self.thinking or self.reasoning) is not None:
+            marks += (reasoning.start, reasoning.end, reasoning.answer)
         return frozenset(
             index
             for text, index in tokenizer.added_tokens().items()
@@ -125,13 +127,18 @@ def reply_format(
     calls = None
     if tools is not None and tools.callable:
         calls = required_format(tools, markup.calls) if tools.is_required else markup.calls
+    elif markup.calls.answer and separates_reasoning:
+        calls = markup.calls
     marks, end = markup.reasoning, prompt.rstrip()
+    may_think = marks is not None and not end.endswith(marks.end)
+    if marks is not None and marks.turn:
+        may_think = end.endswith((marks.turn, marks.start))
     return ReplyFormat(
         tools,
         calls,
         marks if separates_reasoning else None,
         starts_in_reasoning=marks is not None and end.endswith(marks.start),
-        thinking=None if marks is None or end.endswith(marks.end) else marks,
+        thinking=marks if may_think else None,
         budget=budget,
         warnings=markup.warnings(tools),
     )
@@ -170,7 +177,10 @@ async def compile_output(
         if error.param != "tools" or reply is None or reply.tools is None:
             raise
         raise schema_error(reply.tools, str(error)) from None
-    return grammar if reply is None else reply.with_thinking(compiler.tokenizer, compiler.vocab_size, grammar)
+    if reply is None:
+        return grammar
+    is_of_calls = request is not None and request.param == "tools"
+    return reply.with_thinking(compiler.tokenizer, compiler.vocab_size, grammar, is_of_calls=is_of_calls)
 
 
 @dataclass(slots=True)

@@ -25,6 +25,7 @@ class ThinkingGrammar:
         is_open: bool,
         budget: int | None,
         vocab_size: int,
+        has_header: bool = False,
     ) -> None:
         """Make a grammar.
 
@@ -33,12 +34,16 @@ class ThinkingGrammar:
             is_open: the prompt ends with the start mark; else the model may write it first.
             budget: maximum number of tokens between the marks.
             vocab_size: the model's.
+            has_header: the answer starts with the header of a message, in formats that have them.
         """
         self.tokenizer = tokenizer
         self.start_ids = tokenizer.encode(marks.start, add_special_tokens=False)
         self.start = marks.start.encode()
         self.end_ids = tokenizer.encode(marks.end, add_special_tokens=False)
         self.end = marks.end.encode()
+        self.must_think = answer is not None and bool(marks.turn)  # an empty text, if there is no budget
+        header = "" if answer is None or has_header else marks.answer
+        self.header_ids = tokenizer.encode(header, add_special_tokens=False) if header else []
         self.words = mask_words(vocab_size)
         self.answer = answer
         self.is_open = is_open
@@ -57,11 +62,13 @@ class ThinkingMatcher:
         self._phase = "thinking" if grammar.is_open else "start"
         self._text = b""  # of the phase: all, or as much as may belong to the end mark
         self._count = 0  # tokens of the reasoning, or of its start mark
-        self._may_think = grammar.answer is None or grammar.budget != 0
+        self._may_think = grammar.answer is None or grammar.budget != 0 or grammar.must_think
         self._may_answer = True
         self._forced: list[int] = []  # tokens that come next
         if grammar.is_open:
             self._check_budget()
+        elif grammar.must_think:
+            self._forced = list(grammar.start_ids)
 
     @property
     def error(self) -> str | None:
@@ -90,6 +97,8 @@ class ThinkingMatcher:
     def advance(self, token: int) -> None:
         if self._forced:
             self._forced.pop(0)
+            if self._phase == "answer":  # its header
+                return
         match self._phase:
             case "start":
                 self._start(token)
@@ -124,7 +133,7 @@ class ThinkingMatcher:
         self._count += 1
         self._text += grammar.tokenizer.token_bytes(token)
         if grammar.end in self._text:
-            self._phase, self._forced = "answer", []
+            self._phase, self._forced = "answer", list(grammar.header_ids)
             return
         self._text = self._text[-len(grammar.end) :]
         if not self._forced:

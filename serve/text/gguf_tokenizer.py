@@ -46,6 +46,13 @@ _CL100K = (
 _LLAMA3 = _PreTokenizer(split=_CL100K, ignore_merges=True, add_bos=True)
 # tokenizer.json of Qwen2, Qwen2.5 and Qwen3: single digits.
 _QWEN2 = _PreTokenizer(split=_CL100K.replace("{1,3}", ""), nfc=True)
+# tokenizer.json of gpt-oss (o200k): words split where capitals follow small letters, and may end in a slash.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SHORT}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _PRE = {
     "default": _GPT2,
     "gpt-2": _GPT2,
@@ -55,6 +62,7 @@ _PRE = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "gpt-4o": _PreTokenizer(split=_O200K, ignore_merges=True),
     "dbrx": _PreTokenizer(split=_CL100K),  # used by files of OLMo-2
     "smaug-bpe": _PreTokenizer(split=_CL100K, ignore_merges=True),  # Llama 3's without BOS, in files of SmolLM3
 }

@@ -337,6 +337,19 @@ def test_labels_in_context() -> None:
     assert encoder.label_id("\nAnswer: ", "A") is None  # the space would belong to it
 
 
+def test_answer_in_harmony_follows_its_header() -> None:
+    tokenizer = local_tokenizer(default_model_path())
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final<|message|>{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    body = {"state": "x", "questions": {"q": choice(2)}}
+    prompts = DecisionFormat(ChatFormat(tokenizer))
+    [question] = prompts.plan(decision_request(body), ScoringOptions(), ROOM).questions
+    text = tokenizer.decode(question.readouts[0].prompt.token_ids, skip_special_tokens=False)
+    assert text.endswith("<|im_end|>assistant<|channel|>final<|message|>")
+
+
 def test_model_without_chat_template() -> None:
     tokenizer = local_tokenizer(default_model_path())
     tokenizer.chat_template = None

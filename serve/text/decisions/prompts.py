@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ _SETTINGS_FILES = ("decision.json", "decision_template.jinja")
 _HEAD_FILES = ("head.safetensors", "readout.safetensors", "judge_config.json", "decision_config.json")
 _TEMPLATE_MARK = re.compile(f"(?<!{CONTROL_START}){re.escape(MARK)}")  # not one in user text
 _OPEN_REASONING = ("<think>", "[THINK]", "<seed:think>")  # at the end of a prompt
+_HEADER_START = "<|channel|>"  # of an answer in harmony, which starts with its header
 _PLAIN_ROLES = {"user": "User", "assistant": "Assistant", "tool": "Result"}  # others: Instructions
 _PLAIN_END = "\n\nAnswer:"  # of the prompt of a model without a chat template
 _VARIABLES = {"enable_thinking": False}
@@ -193,6 +195,11 @@ class PromptRenderer:
         """
         if self._chats.tokenizer.chat_template is None:
             return " ", ""
+        separator, tail = self._around_answer
+        return separator if separator == " " else "", tail
+
+    @cached_property
+    def _around_answer(self) -> tuple[str, str]:
         chat = [{"role": "user", "content": "Hi"}]
         prompt = self._chats.render(chat, variables=_VARIABLES)
         answer = "Cogito"
@@ -200,15 +207,15 @@ class PromptRenderer:
             [*chat, {"role": "assistant", "content": answer}], add_generation_prompt=False, variables=_VARIABLES
         )
         head, match, tail = whole.rpartition(answer)
-        separator = head.removeprefix(prompt)
-        return separator if separator == " " else "", tail if match else ""
+        return head.removeprefix(prompt) if head.startswith(prompt) else "", tail if match else ""
 
     def _chat(self, messages: list[dict[str, Any]], param: str) -> str:
         text = self._chats.render(messages, variables=_VARIABLES, param=param)
         if text.rstrip().endswith(_OPEN_REASONING):
             message = "This model's chat template starts to reason before it answers, so no decision can be read."
             raise PromptError("model", message)
-        return text
+        separator, _ = self._around_answer
+        return text + separator if separator.startswith(_HEADER_START) else text
 
     def _plain(self, messages: Sequence[dict[str, Any]]) -> str:
         if len(messages) == 1:

@@ -16,7 +16,9 @@ from serve.tools.harmony import ANSWER, TURN
 from serve.tools.markup import ChatMarkup, markup_of
 from serve.tools.reply import ReplyFormat, reply_format
 from serve.tools.thinking import ThinkingGrammar
-from tests.support.http_client import END, VOCAB_SIZE, byte_tokenizer
+from tests.api.test_tool_calls import ADD
+from tests.api.test_tool_calls import both as answered_twice
+from tests.support.http_client import END, VOCAB_SIZE, byte_tokenizer, serving
 from tests.tools.test_call_formats import both
 from tests.tools.test_markup import HISTORY, USER, request
 from tests.tools.test_thinking import FixedText, advance, allowed
@@ -199,3 +201,33 @@ def test_reasoning_and_content_of_a_call_are_one_analysis(content: str | None, a
     text = rendered(markup_of(TEMPLATE, {}), [USER, message, *HISTORY[2:]])
     assert text.count("analysis") == 1
     assert f"{TURN}<|channel|>analysis<|message|>{analysis}<|end|>{TURN} to=functions.f" in text
+
+
+SEEN = f"{ANALYSIS}{TURN}<|channel|>commentary<|message|>Let me see.<|end|>"
+HELD = f"{ANALYSIS}{HARMONY.written.text([('add', '{}')]) if HARMONY.written else ''}"
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}}
+STRICT = [ADD | {"function": ADD["function"] | {"strict": True}}]
+
+
+@pytest.mark.parametrize(
+    ("script", "fields", "content"),
+    [
+        (f"{SEEN}{CALL}", {"tools": [ADD]}, "Let me see."),
+        (HELD, {"tools": [ADD], "tool_choice": "required"}, None),
+        (HELD, {"tools": STRICT}, None),
+        (HELD, {"tools": [ADD], "response_format": SCHEMA}, None),
+        (f"{ANALYSIS}{ANSWER}7", {"tools": [ADD], "response_format": SCHEMA}, "7"),
+        (f"{ANALYSIS}{ANSWER}7", {"response_format": SCHEMA}, "7"),
+        (f"{ANALYSIS}{ANSWER}7", {"tools": STRICT}, "7"),
+        (f"{ANALYSIS}{ANSWER}7", {}, "7"),
+    ],
+)
+async def test_outputs_of_the_server(script: str, fields: dict[str, Any], content: str | None) -> None:
+    """What a grammar holds is what the script would write by itself."""
+    async with serving(script.encode(), chat_template=TEMPLATE, max_model_len=1024) as server:
+        choice, _ = await answered_twice(server, **fields, return_token_ids=True)
+    message = choice["message"]
+    assert bytes(choice["token_ids"][:-1]).decode() == script
+    assert (message["reasoning"], message["content"]) == ("Hm.", content)
+    assert [call["function"]["name"] for call in message.get("tool_calls", ())] == ["add"] * ("to=" in script)
+    assert choice["finish_reason"] == ("tool_calls" if "to=" in script else "stop")

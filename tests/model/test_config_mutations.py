@@ -17,7 +17,7 @@ from model.rope import Rope
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "configs.json").read_text("utf-8"))
 # Of all cases: (accepted here, accepted by transformers).
-COUNTS = {(True, True): 861, (True, False): 54, (False, True): 178, (False, False): 107}
+COUNTS = {(True, True): 904, (True, False): 56, (False, True): 189, (False, False): 111}
 
 
 def changed_keys(value: dict[str, Any]) -> set[str]:
@@ -59,13 +59,17 @@ def check(config: ModelConfig, case: dict[str, Any]) -> None:
     assert config.attention_scale == pytest.approx(case["scale"])
     assert [config.attention_cap, config.logit_cap] == [cap or 0.0 for cap in case["caps"]]
     assert config.traits.activation == case["activation"]
-    biases = {f"self_attn.{name}_proj.bias" for name in "qkv"} if config.qkv_bias else set()
+    names = "qkvo" if config.traits.out_bias else "qkv"
+    biases = {f"self_attn.{name}_proj.bias" for name in names} if config.qkv_bias else set()
+    biases |= {"mlp.router.bias"} if config.experts and config.traits.experts and config.traits.experts.bias else set()
     assert {name for name in case["biases"] if "norm" not in name and name != "bias"} == biases
     check_factors(config, case)
 
 
 def check_factors(config: ModelConfig, case: dict[str, Any]) -> None:
     """Constants that only some families have."""
+    experts = config.experts and [config.experts.count, config.experts.per_token]
+    assert experts == case.get("experts")
     if "embedding_multiplier" in case:
         assert config.embedding_scale == case["embedding_multiplier"]
         assert config.residual_scale == case["residual_multiplier"]

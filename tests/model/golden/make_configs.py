@@ -30,6 +30,7 @@ Mutation = Callable[[], dict[str, Any]]
 FILE = Path(__file__).with_name("configs.json")
 CASES = 810
 NEWER_CASES = 390  # of the families below these
+SPARSE_CASES = 60  # of those below these
 LAYERS = 6
 FULL, SLIDING = "full_attention", "sliding_attention"
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # architecture -> model_type and the keys that the family needs
@@ -57,6 +58,12 @@ _NEWER: dict[str, tuple[str, dict[str, Any]]] = {
     "Apertus": ("apertus", {"hidden_act": "xielu"}),
     "Arcee": ("arcee", {"hidden_act": "relu2"}),
     "Helium": ("helium", {"head_dim": 16}),
+}
+_SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "GptOss": (
+        "gpt_oss",
+        {"head_dim": 16, "sliding_window": 9, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
 }
 _IGNORED = {
     "attention_dropout": 0.5,
@@ -91,7 +98,7 @@ def bases() -> dict[str, dict[str, Any]]:
             "pad_token_id": 0,
         }
         | keys
-        for name, (model_type, keys) in (_FAMILIES | _NEWER).items()
+        for name, (model_type, keys) in (_FAMILIES | _NEWER | _SPARSE).items()
     }
 
 
@@ -205,6 +212,15 @@ def mutations(random: Random, name: str) -> list[Mutation]:
             value("qk_layernorm", True),
             value("layer_norm_eps", 1e-3),
         ],
+        "GptOss": [
+            value("attention_bias", True, False),
+            value("num_experts_per_tok", 1, 3),
+            value("num_local_experts", 3, 5),
+            value("swiglu_limit", 7.0, 5.0),
+            value("swiglu_alpha", 1.702, 1.5),
+            value("initial_context_length", 64),
+            value("experts_per_token", 2),
+        ],
         "Gemma2": [value("query_pre_attn_scalar", 16, 20), value("attn_logit_softcapping", None, 20.0)],
         "Gemma3": [
             value("sliding_window_pattern", 2, 3),
@@ -213,7 +229,12 @@ def mutations(random: Random, name: str) -> list[Mutation]:
         ],
     }
     foreign: list[Mutation] = [
-        *(change for key, changes in own.items() for change in changes if name in _NEWER or key not in _NEWER),
+        *(
+            change
+            for key, changes in own.items()
+            for change in changes
+            if (name in _NEWER or key not in _NEWER) and key not in _SPARSE
+        ),
         value("hidden_act", "silu", "gelu", "gelu_pytorch_tanh"),
         value("hidden_activation", "gelu_pytorch_tanh", "silu"),
         value("attention_bias", True, False),
@@ -260,6 +281,7 @@ def network(config: dict[str, Any], tables: Tables) -> dict[str, Any]:
         "tied": bool(loaded.tie_word_embeddings),
         "scale": first.self_attn.scaling,
         **_factors(loaded),
+        **_experts(loaded),
         "caps": _caps(loaded),
         "activation": _activation(first.mlp),
         "biases": sorted(
@@ -274,6 +296,12 @@ def _factors(config: Any) -> dict[str, float]:
     beta = (config.rope_parameters or {}).get("llama_4_scaling_beta")
     growth = {} if beta is None else {"growth": [beta, config.rope_parameters["original_max_position_embeddings"]]}
     return {name: getattr(config, name) for name in names if hasattr(config, name)} | growth
+
+
+def _experts(config: Any) -> dict[str, list[int]]:
+    """Number of experts, and those of a token."""
+    count = getattr(config, "num_local_experts", None)
+    return {} if count is None else {"experts": [count, config.num_experts_per_tok]}
 
 
 def _layer(model: Any, index: int, tables: Tables) -> list[Any]:
@@ -305,6 +333,8 @@ def _caps(config: Any) -> list[float | None]:
 
 
 def _activation(mlp: Any) -> str:
+    if hasattr(mlp, "experts"):
+        return "clamped_silu" if (mlp.experts.alpha, mlp.experts.limit) == (1.702, 7.0) else "other"
     probe = torch.tensor([-1.0, 0.5, 2.0])
     function = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
     known = {"silu": torch.nn.functional.silu, "gelu": lambda x: torch.nn.functional.gelu(x, approximate="tanh")}
@@ -355,8 +385,9 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     tables, cases = Tables(), []
-    older, newer = list(_FAMILIES), list(_NEWER)
-    for random, names, count in ((Random(24), older, CASES), (Random(25), newer, NEWER_CASES)):
+    groups = ((24, _FAMILIES, CASES), (25, _NEWER, NEWER_CASES), (26, _SPARSE, SPARSE_CASES))
+    for seed, families, count in groups:
+        random, names = Random(seed), list(families)
         cases += [_case(random, names[i % len(names)], tables) for i in range(count)]
     content: dict[str, Any] = {"bases": bases(), "tables": tables.rows, "cases": cases, "eos": eos_cases(Random(5))}
     lines = [f'"{key}": {json.dumps(content[key])}' for key in ("bases", "tables")]

@@ -207,7 +207,11 @@ class Layer(nnx.Module):
             return self._add(x, _apply(self.mlp_post_norm, y, live)), pages, experts
 
     def _add(self, x: Array, y: Array) -> Array:
-        return x + (y if self.residual_scale == 1 else y * jnp.float32(self.residual_scale))
+        if self.residual_scale == 1:
+            return x + y
+        # The barrier keeps XLA from rounding the product in some shapes only: in others it would be part of an FMA.
+        scaled: Array = jax.lax.optimization_barrier(y * jnp.float32(self.residual_scale))
+        return x + scaled
 
 
 def _apply(norm: RMSNorm | None, x: Array, live: Array) -> Array:

@@ -1,9 +1,9 @@
 """Sums and logarithms whose last bits do not depend on the number of rows.
 
 XLA:CPU uses other code for few rows than for many: it adds in another order (measured: 4 rows differ, 8 and more
-agree bit for bit), and takes the logarithm of a scalar by other code than that of a vector. So few rows are padded to
-many, and long sums are written as pairwise additions. Every sum over features or over the vocabulary goes through
-here; `attention.py` pads its own products and sums.
+agree bit for bit, if they have at least 4,096 numbers together), and takes the logarithm of a scalar by other code than
+that of a vector. So few rows are padded to many, and long sums are written as pairwise additions. Every sum over
+features or over the vocabulary goes through here; `attention.py` pads its own products and sums.
 """
 
 import functools
@@ -15,13 +15,14 @@ from jax import Array
 from model.sharding import UNSHARDED, VocabAxis
 
 _MIN_ROWS = 16
+_MIN_SIZE = 1 << 12
 _PARTS = 16
 _LANES = 128  # a part's width is a multiple of it
 
 
 def row_sum(x: Array) -> Array:
     """Sum over the last axis of x [M, N] float32: [M]."""
-    missing = max(0, _MIN_ROWS - x.shape[0])
+    missing = max(0, max(_MIN_ROWS, -(-_MIN_SIZE // x.shape[1])) - x.shape[0])
     return jnp.sum(jnp.pad(x, ((0, missing), (0, 0))), axis=-1)[: x.shape[0]]
 
 

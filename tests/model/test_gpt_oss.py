@@ -80,11 +80,12 @@ def test_mxfp4_checkpoints_have_the_values_of_floats(folder: Path, tmp_path: Pat
             np.testing.assert_array_equal(found[name], values, err_msg=name)
 
 
-def test_a_token_has_the_same_bits_in_every_split(folder: Path, kernels: cpu.CpuKernels) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_has_the_same_bits_in_every_split(folder: Path, kernels: cpu.CpuKernels, dtype: str) -> None:
     """One chunk, three chunks, and decode steps in a batch: router, sinks, windows and MXFP4 experts."""
     del kernels
     with closing(open_checkpoint(ModelSource("m", folder))) as checkpoint:
-        model = load_model(checkpoint, "float32", kernels=load_kernels())
+        model = load_model(checkpoint, dtype, kernels=load_kernels())
     step = jax.jit(lambda leaves, *inputs: model.merge(leaves)(*inputs))
     tokens = np.random.default_rng(3).integers(0, CONFIG["vocab_size"], TOKENS).astype(np.int32)
 
@@ -98,7 +99,7 @@ def test_a_token_has_the_same_bits_in_every_split(folder: Path, kernels: cpu.Cpu
             positions = np.tile(np.arange(start, start + length, dtype=np.int32), (rows, 1))
             inputs = np.pad(batch[:, start : start + length], padding), np.pad(positions, padding, constant_values=-1)
             hidden, cache = step(model.leaves, *inputs, tables, cache)
-            parts.append(np.asarray(hidden)[-1, :length])
+            parts.append(np.asarray(hidden, np.float32)[-1, :length])
             start += length
         return np.concatenate(parts)
 

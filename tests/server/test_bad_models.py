@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.support.server_process import ROOT
+from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 from tests.support.tiny_checkpoints import VOCAB, TinyModel
 
 # Runs `logprobd serve` once for each argument list, in one process: importing takes most of the time.
@@ -109,6 +110,19 @@ def with_file(name: str, text: str) -> Callable[[Path], Path]:
     return make
 
 
+def damaged_experts(folder: Path) -> Path:
+    """A mixture of experts without one matrix, whose router has a row too few."""
+    folder.mkdir()
+    config = tiny_configs()["mixtral"] | {"vocab_size": VOCAB}
+    weights = random_weights(config, seed=1)
+    block = "model.layers.1.block_sparse_moe"
+    del weights[f"{block}.experts.2.w1.weight"]
+    weights[f"{block}.gate.weight"] = weights[f"{block}.gate.weight"][1:]
+    write_checkpoint(folder, config, weights)
+    write_tokenizer(folder, VOCAB)
+    return folder
+
+
 CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "truncated safetensors": (truncated, "model.safetensors: not a complete safetensors file"),
     "truncated header": (truncated_header, "model.safetensors: not a complete safetensors file"),
@@ -152,6 +166,9 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "invalid template": (templated("{% for m in messages %}"), "the chat template fails: "),
     "pickled weights": (pickled, "contains no *.safetensors and no .gguf file; pickled weights are not supported"),
+    "missing expert": (damaged_experts, "block_sparse_moe.experts.2.w1.weight: missing"),
+    "router of another width": (damaged_experts, "block_sparse_moe.gate.weight: has shape ["),
+    "short list of layers": (changed(layer_types=["full_attention"]), "layer_types must be 2"),
     "own code": (with_code, "architecture ['EvilForCausalLM'] is not known"),
 }
 

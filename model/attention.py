@@ -8,7 +8,7 @@ from jax import Array
 
 from model.kernels import ScoreOptions, cpu, gpu, tpu
 from model.kernels.dispatch import Implementation, Kernels
-from model.kv_cache import PAGE_SIZE, Addresses, JoinedPages, LayerPages, SplitPages, addresses_of
+from model.kv_cache import PAGE_SIZE, Addresses, JoinedPages, LatentPages, LayerPages, SplitPages, addresses_of
 from model.rope import Rope
 
 # XLA:CPU multiplies small and large matrices by different code, with different last bits: with this many query rows a
@@ -111,9 +111,9 @@ def attend(
     """
     tables = addresses.tables
     implementations: dict[str, Implementation] = {"xla": attend_in_xla}
-    if isinstance(pages, SplitPages):
+    if isinstance(pages, SplitPages | LatentPages):
         implementations["on_cpu"] = _attend_on_cpu
-        if gpu.supports_pages(queries.shape[3], pages.keys.dtype):
+        if isinstance(pages, SplitPages) and gpu.supports_pages(queries.shape[3], pages.keys.dtype):
             implementations["on_gpu"] = _attend_on_gpu
     elif tpu.supports_tables(tables.shape) and sinks is None:
         implementations["on_tpu"] = _attend_on_tpu
@@ -123,7 +123,7 @@ def attend(
     return result
 
 
-def _attend_on_cpu(queries: Array, pages: SplitPages, *arguments: Array, options: ScoreOptions) -> Array:
+def _attend_on_cpu(queries: Array, pages: SplitPages | LatentPages, *arguments: Array, options: ScoreOptions) -> Array:
     return cpu.attend(queries, pages.keys, pages.values, *arguments, options=options)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from model.families import FAMILIES
 from model.family import HEAD, OUT_BIAS, QKV_BIAS, Family
+from model.latent import Latent
 from model.layout import COLUMN_BLOCK
 from model.rope import Rope
 from model.weight_specs import WeightSpec
@@ -85,6 +86,8 @@ class ModelConfig:
     attention_cap: float = 0.0  # replaces a score by cap * tanh(score / cap); 0 = off
     logit_cap: float = 0.0  # the same for logits
     experts: Experts | None = None
+    # Latent attention is multi-query attention over the cache: K is 1 and E that of a cached token.
+    latent: Latent | None = None
     qkv_bias: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of the outputs of attention and MLP
@@ -124,13 +127,15 @@ class ModelConfig:
             "H": self.num_heads,
             "K": self.num_kv_heads,
             **(self.experts.dims() if self.experts else {}),
+            **(self.latent.dims(self.num_heads) if self.latent else {}),
             "1": 1,
         }
 
     def weights(self) -> dict[str, WeightSpec]:
         """Every weight of the network, by its path."""
-        dense = self.traits.weights()
-        sparse = self.traits.weights(self.experts.count) if self.experts else dense
+        attention = self.latent.weights(self.num_heads) if self.latent else ()
+        dense = self.traits.weights(0, attention)
+        sparse = self.traits.weights(self.experts.count, attention) if self.experts else dense
         tables = [sparse if kind.is_sparse else dense for kind in self.layers]
         layers = [spec.of_layer(i) for i, table in enumerate(tables) for spec in table if spec.is_per_layer]
         embedding, *last = [spec for spec in dense if not spec.is_per_layer]

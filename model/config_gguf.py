@@ -18,7 +18,15 @@ from model.config import (
     layer_kinds,
     short_repr,
 )
-from model.config_experts import GGUF_KEYS, GGUF_NEUTRAL, experts_from_gguf
+from model.config_experts import (
+    GGUF_KEYS,
+    GGUF_NEUTRAL,
+    GGUF_SHARED_KEYS,
+    experts_from_gguf,
+    is_sigmoid_in_gguf,
+)
+from model.config_latent import GGUF_KEYS as LATENT_KEYS
+from model.config_latent import latent_from_gguf, score_scale_from_gguf
 from model.families import FAMILIES
 from model.family import Family
 from model.rope import Rope
@@ -94,26 +102,31 @@ def config_from_gguf(
     metadata = {**{key(name): value for name, value in family.gguf_defaults.items()}, **metadata}
     _refuse_unsupported(metadata, family, f"{arch}.")
     heads, hidden = int_of(metadata, key("attention.head_count")), int_of(metadata, key("embedding_length"))
-    head_dim = head_dim_of(metadata, key("attention.key_length"), hidden, heads)
+    latent = latent_from_gguf(metadata, key, heads) if family.latent else None
+    head_dim = latent.cached if latent else head_dim_of(metadata, key("attention.key_length"), hidden, heads)
     is_partial = family.partial_rotary is not None
-    for name in _HEAD_SIZES[:3] if is_partial else _HEAD_SIZES:
+    for name in () if latent else _HEAD_SIZES[:3] if is_partial else _HEAD_SIZES:
         if int_of(metadata, key(name), head_dim) != head_dim:
             raise ConfigError(f"{key(name)} differs from the head size {head_dim}: not supported")
     rotated = int_of(metadata, key("rope.dimension_count"), head_dim, low=2, high=head_dim)
     layers, experts = _layers(metadata, family, key, tensor, rotated), experts_from_gguf(metadata, key, family)
     if experts is not None:
-        layers = tuple(replace(kind, is_sparse=True) for kind in layers)
+        first = int_of(metadata, key("leading_dense_block_count"), 0, low=0)
+        layers = tuple(replace(kind, is_sparse=i >= first) for i, kind in enumerate(layers))
     if rotated != head_dim:
         layers = tuple(replace(kind, rope=kind.rope and replace(kind.rope, dims=rotated)) for kind in layers)
     epsilon = "attention.layer_norm_rms_epsilon" if family.norm == "rms" else "attention.layer_norm_epsilon"
     by_hidden = (family.name, len(layers)) in _SCALED_BY_HIDDEN
+    scales = _scales(metadata, key, family, hidden, hidden / heads if by_hidden else head_dim)
+    if latent:
+        scales["attention_scale"] = score_scale_from_gguf(latent, metadata, key)
     return ModelConfig(
         family=family.name,
         vocab_size=_vocab_size(metadata, key("vocab_size")),
         hidden_size=hidden,
         intermediate_size=int_of(metadata, key("feed_forward_length")),
         num_heads=heads,
-        num_kv_heads=int_of(metadata, key("attention.head_count_kv"), heads),
+        num_kv_heads=1 if latent else int_of(metadata, key("attention.head_count_kv"), heads),
         head_dim=head_dim,
         layers=layers,
         # Stored as float32: 9.99999974738e-06 is read as 1e-5.
@@ -124,7 +137,8 @@ def config_from_gguf(
         logit_cap=float_of(metadata, key("final_logit_softcapping"), 0.0),
         experts=experts,
         qkv_bias=has_qkv_bias if isinstance(family.qkv_bias, str) else family.qkv_bias,
-        **_scales(metadata, key, family, hidden, hidden / heads if by_hidden else head_dim),
+        latent=latent,
+        **scales,
     )
 
 
@@ -141,6 +155,8 @@ def _family(metadata: Mapping[str, Any]) -> tuple[str, Family]:
     if family is None:
         known = ", ".join(sorted(in_gguf))
         raise ConfigError(f"general.architecture {short_repr(arch)} is not known; known: {known}")
+    if arch == "deepseek2":
+        family = FAMILIES["deepseek3" if is_sigmoid_in_gguf(metadata, arch) else "deepseek2"]
     if family.name == "olmo2" and metadata.get(f"{arch}.{_WINDOWS[0]}"):
         family = FAMILIES["olmo3"]
     return str(arch), family
@@ -188,6 +204,8 @@ def _refuse_unsupported(metadata: Mapping[str, Any], family: Family, prefix: str
     neutral = _NEUTRAL
     if family.experts:
         known, neutral = known | GGUF_KEYS, _NEUTRAL | GGUF_NEUTRAL
+    if family.latent:
+        known |= GGUF_SHARED_KEYS | LATENT_KEYS
     values = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
     check_keys(values, known, neutral, prefix)
 
@@ -195,7 +213,7 @@ def _refuse_unsupported(metadata: Mapping[str, Any], family: Family, prefix: str
 def _layers(
     metadata: Mapping[str, Any], family: Family, key: Callable[[str], str], tensor: Tensor, head_dim: int
 ) -> tuple[LayerKind, ...]:
-    rope = _rope(metadata, key, tensor, head_dim, truncate=family.gguf_yarn_truncate)
+    rope = _rope(metadata, key, tensor, head_dim, family)
     local = rope
     if family.local_theta is not None:  # stretched in none of its ways, but scaled
         scale = float_of(metadata, key("rope.scaling.attn_factor"), 1.0)
@@ -226,7 +244,7 @@ def _windows(metadata: Mapping[str, Any], family: Family, key: Callable[[str], s
 
 
 def _rope(
-    metadata: Mapping[str, Any], key: Callable[[str], str], tensor: Tensor, head_dim: int, *, truncate: bool
+    metadata: Mapping[str, Any], key: Callable[[str], str], tensor: Tensor, head_dim: int, family: Family
 ) -> Rope:
     """The angles of global layers, by llama.cpp's rules."""
     theta = float_of(metadata, key("rope.freq_base"), 10000.0, above=1)
@@ -241,9 +259,10 @@ def _rope(
         case "none":
             pass
         case "yarn":
-            scale *= ropes.yarn_scale(factor)
-            if multiplier := float_of(metadata, key("rope.scaling.yarn_log_multiplier"), 0.0):
-                scale /= ropes.yarn_scale(factor, multiplier)
+            multiplier = float_of(metadata, key("rope.scaling.yarn_log_multiplier"), 0.0)
+            if not family.latent:  # there it is part of the scores' factor
+                scale *= ropes.yarn_scale(factor) / (ropes.yarn_scale(factor, multiplier) if multiplier else 1)
+            truncate = family.gguf_yarn_truncate
             stretch = ropes.yarn_divisors(
                 theta, head_dim, factor=factor, fast=32, slow=1, original=original, truncate=truncate, min_width=0.001
             )

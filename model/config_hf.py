@@ -23,6 +23,7 @@ from model.config import (
     strings_of,
 )
 from model.config_experts import HF_KEYS, experts_from_hf, sparse_layers
+from model.config_latent import latent_from_hf, score_scale_from_hf
 from model.families import FAMILIES
 from model.family import Family
 from model.hf_keys import IGNORED, NEUTRAL, READ, ROPE_READ
@@ -51,16 +52,23 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     config = {**family.hf_defaults, **config}
     _refuse_unsupported(config, family)
     heads, hidden = int_of(config, "num_attention_heads"), int_of(config, "hidden_size")
-    head_dim = head_dim_of(config, "head_dim", hidden, heads)
+    latent = latent_from_hf(config, heads) if family.latent else None
+    head_dim = latent.rope if latent else head_dim_of(config, "head_dim", hidden, heads)
+    layers = sparse_layers(config, family, _layers(config, family, head_dim))
+    scales = _scales(config, family, hidden, head_dim)
+    if latent:  # its rotated elements come first in the cache
+        layers = tuple(replace(kind, rope=kind.rope and replace(kind.rope, dims=latent.rope)) for kind in layers)
+        _, parameters = _rope_parameters(config, _GLOBAL, family)
+        scales["attention_scale"] = score_scale_from_hf(latent, parameters)
     return ModelConfig(
         family=family.name,
         vocab_size=int_of(config, "vocab_size"),
         hidden_size=hidden,
         intermediate_size=int_of(config, family.mlp_size),
         num_heads=heads,
-        num_kv_heads=int_of(config, "num_key_value_heads", heads),
-        head_dim=head_dim,
-        layers=sparse_layers(config, family, _layers(config, family, head_dim)),
+        num_kv_heads=1 if latent else int_of(config, "num_key_value_heads", heads),
+        head_dim=latent.cached if latent else head_dim,
+        layers=layers,
         rms_norm_eps=float_of(config, family.norm_eps, 1e-6),
         max_position_embeddings=int_of(config, "max_position_embeddings"),
         tie_word_embeddings=bool_of(config, "tie_word_embeddings", False),
@@ -68,7 +76,8 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         logit_cap=_cap(config, "final_logit_softcapping"),
         experts=experts_from_hf(config, family),
         qkv_bias=family.qkv_bias if isinstance(family.qkv_bias, bool) else bool_of(config, family.qkv_bias, False),
-        **_scales(config, family, hidden, head_dim),
+        latent=latent,
+        **scales,
     )
 
 
@@ -99,6 +108,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
     keys = READ | IGNORED | family.hf_defaults.keys()
     keys |= {"attention_bias"} if family.qkv_bias is True else set()
     keys |= HF_KEYS if family.experts else set()
+    keys |= {"num_mtp_layers"} if "num_nextn_predict_layers" in family.hf_defaults else set()
     if not family.has_window and config.get("use_sliding_window") is False:
         keys |= {"sliding_window"}
     if config.get("sliding_window_size") == config.get("sliding_window"):  # Gemma 2 has both

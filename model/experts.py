@@ -176,10 +176,15 @@ def expert_matmul(x: Array, weight: Array | Packed, routes: Routes, kernels: Ker
 
     The arithmetic is that of `matmul`. Rows of padding are undefined.
     """
+    return grouped_matmul(x, weight, routes.starts, kernels)
+
+
+def grouped_matmul(x: Array, weight: Array | Packed, starts: Array, kernels: Kernels) -> Array:
+    """`expert_matmul` of rows x [M, K], with the rows of expert e from starts[e] on; starts [X + 1] int32."""
     if not isinstance(weight, PackedWeight):
         assert isinstance(weight, Array)
-        return _by_blocks(x.astype(weight.dtype), weight, routes.starts)
-    y: Array = kernels.dispatch(*operands(x, weight), routes.starts, on_cpu=cpu.expert_linear, xla=_by_blocks)
+        return _by_blocks(x.astype(weight.dtype), weight, starts)
+    y: Array = kernels.dispatch(*operands(x, weight), starts, on_cpu=cpu.expert_linear, xla=_by_blocks)
     return y
 
 

@@ -1,6 +1,7 @@
 """One row of traits per architecture: a new family is a new row here; only a new kind of layer needs new code."""
 
 from model.family import Family
+from model.latent_families import LATENT_FAMILIES
 from model.newer_families import NEWER_FAMILIES
 from model.weight_specs import ExpertTraits
 
@@ -214,5 +215,6 @@ FAMILIES: dict[str, Family] = {
             ),
         ),
         *NEWER_FAMILIES,
+        *LATENT_FAMILIES,
     )
 }

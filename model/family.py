@@ -60,6 +60,7 @@ class Family:
     fused: tuple[str, ...] = ()  # "qkv": q, k and v are one tensor; "gate_up": gate and up are
     qkv_bias: bool | str = False  # a name: the key of config.json that turns them on
     out_bias: bool = False  # attention's output has a bias, too, if q, k and v have one
+    latent: bool = False  # multi-head latent attention
     sinks: bool = False  # each head of attention has a further score, whose value is zero
     qk_norm: tuple[str, str] | None = None  # RMSNorm of q and k: letters of the axes, one head or all
     qk_norm_after_rope: bool = False
@@ -120,8 +121,11 @@ class Family:
     def has_interleaved_rotary(self, is_gguf: bool) -> bool:
         return self.interleaved_rotary or (is_gguf and self.gguf_interleaved_rotary)
 
-    def weights(self, experts: int = 0) -> tuple[WeightSpec, ...]:
-        """The weight table with layers that have a dense MLP or that many experts; each is in it once."""
+    def weights(self, experts: int = 0, attention: tuple[WeightSpec, ...] = ()) -> tuple[WeightSpec, ...]:
+        """The weight table with layers that have a dense MLP or that many experts; each is in it once.
+
+        `attention` are the weights of latent attention, of families that have it.
+        """
         weights = [_EMBED]
         for path, (hf, gguf) in self._norms().items():
             weights += [
@@ -133,7 +137,7 @@ class Family:
             gate_up = layer_weight("mlp.gate_up.weight", tensor_spec(fused, "ffn_up", "FF", "D"))
         down_weight = layer_weight("mlp.down.weight", tensor_spec(down, "ffn_down", "D", "F"))
         mlp = (gate_up, down_weight) if not (experts and self.experts) else expert_weights(self.experts, experts)
-        weights += [_FUSED_QKV if "qkv" in self.fused else _QKV, _OUT, *mlp]
+        weights += [*(attention or (_FUSED_QKV if "qkv" in self.fused else _QKV, _OUT)), *mlp]
         weights += [QKV_BIAS] if self.qkv_bias else []
         weights += [OUT_BIAS] if self.out_bias else []
         weights += [_SINKS] if self.sinks else []

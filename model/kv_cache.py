@@ -82,7 +82,41 @@ class JoinedPages:
         return heads[:, 0::2], heads[:, 1::2]
 
 
-type LayerPages = SplitPages | JoinedPages
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class LatentPages:
+    """A layer's cache of latent attention: one array, whose rows are keys and contain the values."""
+
+    latent: Any  # [N, 1, S, E'], rotated keys before latents, on a TPU padded with zeros to full lanes
+
+    @property
+    def kv_heads(self) -> int:
+        return 1
+
+    @property
+    def lanes(self) -> int:
+        return int(self.latent.shape[3])
+
+    @property
+    def keys(self) -> Any:
+        return self.latent
+
+    @property
+    def values(self) -> Any:
+        return self.latent
+
+    def store(self, keys: Array, _values: Array, addresses: "Addresses") -> "LatentPages":
+        """The pages with keys [R, T, 1, E] of new tokens stored, which contain the values."""
+        keys = jnp.pad(keys, ((0, 0),) * 3 + ((0, self.lanes - keys.shape[3]),)).astype(self.latent.dtype)
+        return LatentPages(self.latent.at[addresses.pages, :, addresses.offsets].set(keys, mode="drop"))
+
+    def take(self, ids: Array) -> tuple[Array, Array]:
+        """Keys and values [R, 1, S, E'] float32 of pages ids [R]."""
+        rows = self.latent[ids].astype(jnp.float32)
+        return rows, rows
+
+
+type LayerPages = SplitPages | JoinedPages | LatentPages
 
 
 @jax.tree_util.register_dataclass
@@ -108,7 +142,8 @@ class CacheLayout:
 
     @property
     def is_joined(self) -> bool:
-        return self.platform == "tpu" and tpu.supports_pages(self.parallel.local.head_dim, self.kv_dtype)
+        config = self.parallel.local
+        return self.platform == "tpu" and not config.latent and tpu.supports_pages(config.head_dim, self.kv_dtype)
 
     @property
     def hidden_size(self) -> int:
@@ -133,7 +168,8 @@ class CacheLayout:
     def bytes_per_page(self) -> int:
         """Bytes of one page on each device: all layers, the ids of experts and the hidden states."""
         heads, lanes = self._stored_heads()
-        layers = 2 * self.parallel.local.num_layers * heads * lanes * jnp.dtype(self.kv_dtype).itemsize
+        arrays = self.parallel.local.num_layers * (1 if self.parallel.local.latent else 2)
+        layers = arrays * heads * lanes * jnp.dtype(self.kv_dtype).itemsize
         hidden = self.hidden_size * jnp.dtype(self.hidden_dtype).itemsize
         experts = self._experts(1)
         return PAGE_SIZE * (layers + hidden) + (0 if experts is None else experts.size * experts.dtype.itemsize)
@@ -147,7 +183,11 @@ class CacheLayout:
 
     def _cache(self, split: Any, joined: Any, hidden: Any, experts: Any) -> PagedCache:
         config = self.parallel.local
-        layer = JoinedPages(joined, config.num_kv_heads) if self.is_joined else SplitPages(split, split)
+        layer: LayerPages = SplitPages(split, split)
+        if config.latent:
+            layer = LatentPages(split)
+        elif self.is_joined:
+            layer = JoinedPages(joined, config.num_kv_heads)
         return PagedCache((layer,) * config.num_layers, hidden, experts)
 
     def _stored_heads(self) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from model.config import LayerKind
 from model.experts import add_biases, combine, expert_matmul, route, router_logits
 from model.kernels import ScoreOptions
 from model.kv_cache import Addresses, LayerPages
+from model.latent_attention import LatentAttention
 from model.linear import Linear, ModelSpec, all_live
 from model.norms import RMSNorm, norm_of
 
@@ -183,7 +184,7 @@ class Layer(nnx.Module):
 
         # The output of a post-norm is added to the residual stream, which is float32.
         self.attention_norm = norm(traits.pre_norm, spec.dtype)
-        self.attention = Attention(spec, kind)
+        self.attention: Attention | LatentAttention = (LatentAttention if config.latent else Attention)(spec, kind)
         self.attention_post_norm = norm(traits.post_norm, _FLOAT32)
         self.mlp_norm = norm(traits.pre_norm and not traits.parallel_block, spec.dtype)
         dense_size = spec.parallel.local.intermediate_size

@@ -23,11 +23,18 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(
-        self, size: int, spec: ModelSpec, dtype: jnp.dtype, *, sharded_axis: str | None = None, scale: float = 1.0
+        self,
+        size: int,
+        spec: ModelSpec,
+        dtype: jnp.dtype,
+        *,
+        sharded_axis: str | None = None,
+        scale: float = 1.0,
+        epsilon: float | None = None,
     ) -> None:
         self.weight = nnx.Param(jnp.zeros((size,), jnp.float32))
         self.scale = scale
-        self.epsilon = spec.parallel.config.rms_norm_eps
+        self.epsilon = spec.parallel.config.rms_norm_eps if epsilon is None else epsilon
         self.dtype = dtype
         self.kernels = spec.kernels
         self.sharded = None if sharded_axis is None else (spec.parallel, sharded_axis)

@@ -12,6 +12,17 @@ class ExpertSlice:
     parts: int = 1
     part: int = 0
     interleaved: bool = False  # the rows of the parts alternate; else each part's rows follow each other
+    count: str = "X"  # letter of the number of experts, or of heads that have a matrix each
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSlice:
+    """A head's matrix in a tensor [H * rows, columns], in which a head has several matrices, one after another."""
+
+    head: int
+    rows: tuple[str, ...]  # letters of their numbers of rows
+    part: int  # which of them
+    transposed: bool  # its columns are our rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +33,20 @@ class TensorSpec:
     gguf: str
     shape: tuple[str, ...]
     heads: str | None = None  # "H" or "K" if the rows are rotary heads, which some GGUF files store interleaved
-    hf_slice: ExpertSlice | None = None  # of the tensor with this name, None if it is the expert's own
-    gguf_slice: ExpertSlice | None = None
+    hf_slice: ExpertSlice | HeadSlice | None = None  # of the tensor with this name, None if it is the expert's own
+    gguf_slice: ExpertSlice | HeadSlice | None = None
+    gguf_else: "TensorSpec | None" = None  # of GGUF files without a tensor of this name
 
     @property
     def is_norm(self) -> bool:
         return self.hf.endswith("norm.weight")
+
+    def of_layer(self, i: int) -> "TensorSpec":
+        """The tensor with the layer's number in its names."""
+        other = None if self.gguf_else is None else self.gguf_else.of_layer(i)
+        # Not `replace`, which takes most of the time where a layer has hundreds of experts.
+        names = self.hf.format(i=i), self.gguf.format(i=i)
+        return TensorSpec(*names, self.shape, self.heads, self.hf_slice, self.gguf_slice, other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +55,9 @@ class WeightSpec:
 
     path: str
     tensors: tuple[TensorSpec, ...]
-    role: Literal["plain", "router", "experts"] = "plain"  # a router is never rounded, experts are read one by one
+    role: Literal["plain", "router", "experts"] = (
+        "plain"  # a router is never rounded, experts (or heads) are read one by one
+    )
 
     @property
     def is_per_layer(self) -> bool:
@@ -44,12 +65,8 @@ class WeightSpec:
 
     def of_layer(self, i: int) -> "WeightSpec":
         """The weight with the layer's number in all names."""
-        # Not `replace`, which takes most of the time where a layer has hundreds of experts.
-        tensors = (
-            TensorSpec(t.hf.format(i=i), t.gguf.format(i=i), t.shape, t.heads, t.hf_slice, t.gguf_slice)
-            for t in self.tensors
-        )
-        return WeightSpec(self.path.format(i=i), tuple(tensors), self.role)
+        tensors = tuple(tensor.of_layer(i) for tensor in self.tensors)
+        return WeightSpec(self.path.format(i=i), tensors, self.role)
 
 
 def tensor_spec(hf: str, gguf: str, *shape: str, heads: str | None = None, kind: str = "weight") -> TensorSpec:

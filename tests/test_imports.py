@@ -12,7 +12,7 @@ PRODUCT = ("model", "compiled", "serve", "logprobd.py")
 SOURCES = (*PRODUCT, "tools")
 MAX_FILE_LINES = 320
 MAX_FUNCTION_LINES = 60
-MAX_PRODUCT_MODULES = 231
+MAX_PRODUCT_MODULES = 235
 KERNELS = "model.kernels"  # one function per kernel: no limit
 # (importer, imported): no module in the first package may import the second, directly.
 FORBIDDEN = (

@@ -212,6 +212,8 @@ def kernels_used(model: BoundModel) -> tuple[str, ...]:
     On a CPU the first name is the instruction set and digest of the kernels.
     """
     nvidia = model.device_kind.startswith("NVIDIA")
+    if model.config.latent and model.platform in ("gpu", "tpu"):
+        return ()
     match model.platform:
         case "gpu":
             return ("triton-attention",) if gpu.supports_pages(model.config.head_dim, model.kv_dtype) and nvidia else ()

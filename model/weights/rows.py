@@ -102,15 +102,15 @@ def _round_rows(matrix: NDArray[np.float32], values: NDArray[np.int8], scales: N
         values[:] = np.clip(np.nan_to_num(rounded), -_LARGEST, _LARGEST)
 
 
-def half_split(values: NDArray[Any], heads: int, rotated: int) -> NDArray[Any]:
-    """Reorder the `rotated` first rows of each head from [e, 2], as in GGUF files of the Llama family, to [2, e]."""
+def half_split(values: NDArray[Any], heads: int, rotated: int, start: int = 0) -> NDArray[Any]:
+    """Reorder the `rotated` rows of each head from `start` on from [e, 2], as in GGUF files of the Llama family, to
+    [2, e]."""
     if not heads:
         return values
     rows = values.reshape(heads, -1, *values.shape[1:])
-    halves = rows[:, :rotated].reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2)
-    return np.concatenate([halves.reshape(heads, rotated, *values.shape[1:]), rows[:, rotated:]], 1).reshape(
-        values.shape
-    )
+    before, pairs, after = np.split(rows, (start, start + rotated), axis=1)
+    halves = pairs.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(pairs.shape)
+    return np.concatenate([before, halves, after], 1).reshape(values.shape)
 
 
 def all_finite(values: NDArray[Any]) -> bool:

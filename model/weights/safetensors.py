@@ -84,6 +84,10 @@ class SafetensorsCheckpoint:
         content = _json_object(folder / "config.json")
         self.config, quantization = _config(folder / "config.json", content)
         self._is_text_half = text_half_of(content) is not None
+        count = content.get("num_nextn_predict_layers") if self.config.latent else None
+        # Layers that predict further tokens, as transformers skips them.
+        extra = range(self.config.num_layers, self.config.num_layers + (count if isinstance(count, int) else 0))
+        self._skipped_layers = tuple(f"model.layers.{i}." for i in extra[:8])
         self.skipped: dict[str, int] = {}
         self._open_files = ExitStack()
         self._file_of: dict[str, tuple[_Shard, str]] = {}  # and the name there
@@ -172,7 +176,7 @@ class SafetensorsCheckpoint:
             nbytes = 0 if size is None else size * int(np.prod(shape, dtype=np.int64))
             if len(shape) == 3 and name is not None and self._is_transposed(name):
                 shape = (shape[0], shape[2], shape[1])
-            if name is None:
+            if name is None or name.startswith(self._skipped_layers):
                 self.skipped[stored_name] = nbytes
                 continue
             self._file_of[name] = shard, stored_name

@@ -53,7 +53,7 @@ class Storage:
         if target.role == "router":
             info = stored[target.parts[0].name]
             return (FORMATS[info.stored_as if info.stored_as in FLOATS else "F32"],) if self.packs else ()
-        formats = tuple(self._format_of(stored[part.name]) for part in target.parts)
+        formats = tuple(self._format_of(stored[part.name], part.transposed) for part in target.parts)
         if len(target.shape) != 2 or not any(formats):
             return ()
         is_expert = target.role == "experts"
@@ -72,10 +72,11 @@ class Storage:
         n, k = shape
         return n * k * self.dtype.itemsize if block_format is None else block_format.nbytes(n, k)
 
-    def _format_of(self, info: TensorInfo) -> BlockFormat | None:
+    def _format_of(self, info: TensorInfo, is_transposed: bool) -> BlockFormat | None:
         if self.quantization not in ("auto", "none"):
             return FORMATS[self.quantization]
-        coded = info.block_format if self.quantization == "auto" and (self.stacks or info.order is None) else None
+        keeps_blocks = self.quantization == "auto" and (self.stacks or info.order is None) and not is_transposed
+        coded = info.block_format if keeps_blocks else None
         return self._float_format(info) if coded is None and self.packs else coded
 
     def _float_format(self, info: TensorInfo) -> BlockFormat:
@@ -178,7 +179,7 @@ class _Reader:
         """The rows of stacked parts in a format: the stored blocks, or rounded to it."""
         for part in parts:
             for start, stop in _runs_of(part):
-                if self._stored[part.name].block_format == block_format:
+                if self._stored[part.name].block_format == block_format and not part.transposed:
                     blocks = self._read(part, self._checkpoint.read_blocks, start, stop)
                 else:
                     values = self._read(part, self._checkpoint.read, start, stop)
@@ -231,7 +232,7 @@ def _runs_of(part: Part) -> Iterator[tuple[int, int]]:
     """Start and stop of each run of rows. Rows that are reordered are one run."""
     count = part.shape[0]
     size = max(1, _RUN_VALUES // max(1, math.prod(part.shape[1:])))
-    size = count if part.interleaved[0] or len(part.shape) == 1 else size
+    size = count if part.interleaved[0] or part.transposed or len(part.shape) == 1 else size
     for start in range(0, count, size):
         yield start, min(count, start + size)
 

@@ -100,7 +100,7 @@ def load(options: EngineConfig, reporter: Reporter) -> Loaded:
             full_vocab=config.max_logprobs == -1,
             segment=kernels.segment(jax.default_backend()),
         )
-        shards = config.tensor_parallel_size
+        shards = _shards_of(files)
         storage = storage_of(config.dtype, config.stored_quantization, kernels, shards=shards)
         stored = stored_weights(files.checkpoint, storage, shards)
         free, platform = free_memory(config.tensor_parallel_size), jax.default_backend()
@@ -130,6 +130,15 @@ def load(options: EngineConfig, reporter: Reporter) -> Loaded:
     name = api_name(files.source.name)
     bits = round(stored.bits_per_weight, 3)
     return Loaded(name, runner, files.tokenizer, limits, fingerprint, files.defaults, config, files.decisions, bits)
+
+
+def _shards_of(files: ModelFiles) -> int:
+    """The number of devices that the model is sharded across; raises StartupError if it cannot be."""
+    shards = files.config.tensor_parallel_size
+    if shards > 1 and files.checkpoint.config.latent:
+        message = f"--tensor-parallel-size {shards}: multi-head latent attention is not sharded"
+        raise StartupError(f"{files.source.name}: {message}")
+    return shards
 
 
 def _mesh(config: EngineConfig) -> Mesh | None:

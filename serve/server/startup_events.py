@@ -133,8 +133,9 @@ def weights_loaded(size: int, stored: "StoredWeights", seconds: float, kernels: 
         line = "\n".join([line, *(f"  {label}: {', '.join(patterns)}" for label, patterns in tensors.items())])
     if stored.skipped:
         count, nbytes = len(stored.skipped), sum(stored.skipped.values())
-        names = ", ".join(sorted({_section(name) for name in stored.skipped}))
-        line += f"\n  not served, for images or audio: {count} of {names}, {mb(nbytes)}"
+        sections = {_section(name) for name in stored.skipped}
+        use = "to predict further tokens" if sections == {"layers"} else "for images or audio"
+        line += f"\n  not served, {use}: {count} of {', '.join(sorted(sections))}, {mb(nbytes)}"
         fields |= {"skipped": {"count": count, "bytes": nbytes}}
     return Event("weights_loaded", line, fields)
 

@@ -66,6 +66,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 256,
         "norm_topk_prob": True,
     },
+    "deepseek3": CONFIG
+    | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 9,
+        "head_dim": 32,
+        "kv_lora_rank": 128,
+        "q_lora_rank": 192,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 256,
+        "n_group": 4,
+        "topk_group": 2,
+    },
     "cohere2": CONFIG
     | {
         "architectures": ["Cohere2ForCausalLM"],
@@ -89,6 +108,7 @@ REQUESTS = 80
         "gemma3-float32-bfloat16",
         "qwen3moe-bfloat16-bfloat16",
         "qwen3moe-Q4_1 float32-float32",
+        "deepseek3-bfloat16-bfloat16",
         "cohere2-float32-float32",
     ],
 )

@@ -31,7 +31,7 @@ from model.weights.quantize import quantize
 from model.weights.source import ModelSource
 from model.weights.weight_table import Storage, load_weights, open_checkpoint
 from tests.model.test_weights_gguf import split
-from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
+from tests.support.tiny import latent_configs, random_weights, tiny_configs, write_checkpoint
 from tests.support.tiny_checkpoints import TinyModel
 
 PLAIN = QuantizedType("F32", "F32", "F32", LlamaFileType.ALL_F32)
@@ -51,7 +51,7 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
     return load_weights(checkpoint, Storage(np.dtype(np.float32), "none"), lambda _, rows: rows.read())
 
 
-EXPERTS = {"qwen3moe", "mixtral", "olmoe", "granitemoe"}
+EXPERTS = {"qwen3moe", "mixtral", "olmoe", "granitemoe", "gpt_oss", *latent_configs()}
 UNWRITABLE = {"apertus", "cohere2", "exaone4", "granite", "helium", "ministral3", "olmo3", "stablelm"}
 
 

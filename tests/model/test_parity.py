@@ -18,11 +18,13 @@ from model.attention import attend, rotary_angles
 from model.kernels import ScoreOptions
 from model.kernels.dispatch import load_kernels
 from model.kv_cache import Addresses, PagedCache, SplitPages, addresses_of
+from model.latent_attention import LatentAttention
 from model.layers import Attention, ExpertMLP
 from model.transformer import BoundModel, bind
 from model.weights.source import resolve_model
 from model.weights.weight_table import Storage, load_weights, open_checkpoint
 from tests.support.tiny import (
+    LATENT,
     TOKENS,
     newer_configs,
     random_tokens,
@@ -61,7 +63,8 @@ def names_of(case: str) -> list[str]:
         () if kind in ("olmo2", "olmo3", "exaone4") else BEFORE[:1] if kind == "cohere2" else BEFORE
     )
     norms += AFTER if kind in ("olmo2", "olmo3", "exaone4", "gemma2", "gemma3_text", "glm4") else ()
-    layers = [f"layers.{i}.{name}" for i in range(2) for name in (*SUB_LAYERS, *norms)]
+    sub_layers = SUB_LAYERS[-3:] if kind in LATENT else SUB_LAYERS
+    layers = [f"layers.{i}.{name}" for i in range(2) for name in (*sub_layers, *norms)]
     return ["embed", *layers, "layers.0", "layers.1", "norm", "logits"]
 
 
@@ -117,7 +120,11 @@ def trace(bound: BoundModel, leaves: tuple[Array, ...], tokens: Array) -> dict[s
         pages = cache.layers[i]
         angles = rotary_angles(positions, bound.config.head_dim, layer.attention.kind.rope)
         normed = x if layer.attention_norm is None else layer.attention_norm(x)
-        outputs = trace_attention(layer.attention, normed, angles, pages, addresses) | {"attention_norm": normed}
+        if isinstance(layer.attention, LatentAttention):
+            outputs = {"attention.heads": layer.attention.heads(normed, angles, pages, addresses)[0]}
+        else:
+            outputs = trace_attention(layer.attention, normed, angles, pages, addresses)
+        outputs["attention_norm"] = normed
         outputs["attention"], _ = layer.attention(normed, angles, pages, addresses)
         y = outputs["attention"]
         if layer.attention_post_norm is not None:

@@ -20,6 +20,7 @@ OTHER_SEEDS = {
     "olmo2": 2,
     "gemma3": 4,
     "qwen3moe": 2,
+    "glm4_moe_lite": 3,
     "mixtral": 2,
     "olmo3": 2,
     "granite": 2,
@@ -149,8 +150,74 @@ def tiny_configs() -> dict[str, dict[str, Any]]:
             num_experts_per_tok=2,
         ),
         "olmoe": _config("Olmoe", 48, 40, 124, (6, 3), 1e-5, num_experts=6, num_experts_per_tok=3, rope_theta=10000.0),
+        **latent_configs(),
         **newer_configs(),
     }
+
+
+def latent_configs() -> dict[str, dict[str, Any]]:
+    """Families with multi-head latent attention: without and with a latent of queries, groups, YaRN."""
+    sizes = {"kv_lora_rank": 24, "qk_nope_head_dim": 10, "qk_rope_head_dim": 8, "v_head_dim": 14}
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+    yarn = _YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}
+    return {
+        "deepseek2": _config(
+            "DeepseekV2",
+            48,
+            40,
+            126,
+            (4, 4),
+            1e-6,
+            **sizes | experts,
+            model_type="deepseek_v2",
+            q_lora_rank=None,
+            first_k_dense_replace=1,
+            n_shared_experts=2,
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=3.5,
+            rope_theta=10000.0,
+            rope_scaling=yarn,
+        ),
+        "deepseek3": _config(
+            "DeepseekV3",
+            48,
+            40,
+            130,
+            (6, 6),
+            1e-5,
+            **sizes | experts,
+            model_type="deepseek_v3",
+            q_lora_rank=18,
+            first_k_dense_replace=1,
+            n_shared_experts=1,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=2.5,
+            rope_theta=10000.0,
+            rope_scaling=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        ),
+        "glm4_moe_lite": _config(
+            "Glm4MoeLite",
+            48,
+            40,
+            124,
+            (4, 4),
+            1e-5,
+            **sizes | experts,
+            model_type="glm4_moe_lite",
+            q_lora_rank=18,
+            n_shared_experts=1,
+            n_group=1,
+            topk_group=1,
+            routed_scaling_factor=1.8,
+            rope_theta=1000000.0,
+        ),
+    }
+
+
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")  # types of models with latent attention
 
 
 def newer_configs() -> dict[str, dict[str, Any]]:
@@ -275,6 +342,7 @@ _EXPERTS = {
     "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
     "olmoe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    **dict.fromkeys(LATENT, ("mlp", ("gate_proj", "up_proj", "down_proj"))),
 }
 
 
@@ -372,13 +440,19 @@ def _layer_shapes(config: dict[str, Any], i: int) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (D,) for name in _NORMS[kind]}
     else:
         shapes = {} if kind in _POST_NORM else {"input_layernorm.weight": (D,)}
-    if kind == "phi3":
+    if kind in LATENT:
+        shapes |= _latent_shapes(config)
+    elif kind == "phi3":
         shapes["self_attn.qkv_proj.weight"] = ((H + 2 * K) * E, D)
     else:
         shapes |= {f"self_attn.{n}_proj.weight": (size * E, D) for n, size in (("q", H), ("k", K), ("v", K))}
-    shapes["self_attn.o_proj.weight"] = (D, H * E)
+    shapes["self_attn.o_proj.weight"] = (D, H * config.get("v_head_dim", E))
     shapes |= {} if kind in _NORMS else {"post_attention_layernorm.weight": (D,)}
-    if kind in (*_EXPERTS, "granitemoe", "gpt_oss") and i not in config.get("mlp_only_layers", ()):
+    if (
+        kind in (*_EXPERTS, "granitemoe", "gpt_oss")
+        and i not in config.get("mlp_only_layers", ())
+        and not (kind in LATENT and i == 0)
+    ):
         shapes |= _expert_shapes(config)
     elif kind in ("phi3", "glm4"):
         shapes |= {"mlp.gate_up_proj.weight": (2 * F, D), "mlp.down_proj.weight": (D, F)}
@@ -407,9 +481,25 @@ def _layer_shapes(config: dict[str, Any], i: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _latent_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    D, H, rank, query_rank = (
+        config[name] for name in ("hidden_size", "num_attention_heads", "kv_lora_rank", "q_lora_rank")
+    )
+    nope, rope, value = (config[name] for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    shapes: dict[str, tuple[int, ...]] = {
+        "kv_a_proj_with_mqa": (rank + rope, D),
+        "kv_a_layernorm": (rank,),
+        "kv_b_proj": (H * (nope + value), rank),
+    }
+    if query_rank:
+        shapes |= {"q_a_proj": (query_rank, D), "q_a_layernorm": (query_rank,)}
+    shapes |= {"q_b_proj" if query_rank else "q_proj": (H * (nope + rope), query_rank or D)}
+    return {f"self_attn.{name}.weight": shape for name, shape in shapes.items()}
+
+
 def _expert_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     D, F = config["hidden_size"], config.get("moe_intermediate_size", config["intermediate_size"])
-    X = config.get("num_experts") or config["num_local_experts"]
+    X = config.get("num_experts") or config.get("n_routed_experts") or config["num_local_experts"]
     if config["model_type"] == "granitemoe":
         shapes: dict[str, tuple[int, ...]] = {
             "router.layer": (X, D),
@@ -431,4 +521,9 @@ def _expert_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for expert in range(X):
         sizes = zip(names, ((F, D), (F, D), (D, F)), strict=True)
         shapes |= {f"{block}.experts.{expert}.{name}.weight": shape for name, shape in sizes}
+    if config["model_type"] in LATENT:
+        SF = F * config["n_shared_experts"]
+        sizes = zip(names, ((SF, D), (SF, D), (D, SF)), strict=True)
+        shapes |= {f"{block}.shared_experts.{name}.weight": shape for name, shape in sizes}
+        shapes |= {} if config["model_type"] == "deepseek_v2" else {f"{block}.gate.e_score_correction_bias": (X,)}
     return shapes

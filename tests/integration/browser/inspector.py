@@ -82,7 +82,7 @@ class PaneView:
         self.form = root.locator(".editor")
         self.prompt = self.form.get_by_role("textbox", name="Prompt")
         self.cells = root.locator(".cells > .cell")
-        self.error = root.locator("[role=alert]")
+        self.error = root.locator("> [role=alert]")
         self.status = root.locator("[role=status]")
 
     def button(self, name: str) -> Locator:

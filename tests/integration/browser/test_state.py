@@ -116,5 +116,5 @@ def test_link_in_a_used_tab_replaces_everything(page: Inspector, context: Browse
     expect(other.page.locator(".pane")).to_have_count(1)
     expect(other.pane().root.locator(".result")).to_be_hidden()
     expect(other.details).to_be_hidden()
-    expect(other.page.get_by_label("top p")).to_have_value("")
+    expect(other.page.locator("#settings [name=top_p]")).to_have_value("")
     assert other.complaints == []

@@ -2,7 +2,7 @@
 
 import { make } from "./dom.js";
 import { draw, escapeInvisible, partOf, plain } from "./text.js";
-import { step } from "./totals.js";
+import { differenceStep, differences, steps } from "./scales.js";
 import { describe } from "./format.js";
 
 export class Cells {
@@ -39,6 +39,16 @@ export class Cells {
     this.element.append(added);
   }
 
+  /** Colors the difference of log-probs to another run's; none for null. */
+  compare(other) {
+    const found = other ? differences(this.run.tokens, other.tokens) : [];
+    this.run.tokens.forEach((_, i) => {
+      const cell = this.cell(i);
+      cell.className = cell.className.replace(/ d\d/, "");
+      if (found[i] !== undefined) cell.className += ` ${differenceStep(found[i])}`;
+    });
+  }
+
   cell(index) {
     return this.element.children[index];
   }
@@ -63,9 +73,8 @@ export class Cells {
     const token = this.run.tokens[index];
     const classes = ["cell", token.origin];
     if (token.special) classes.push("special");
-    if (typeof token.logprob === "number") classes.push(`s${step(token.logprob)}`);
+    if (typeof token.logprob === "number") classes.push(...steps(token));
     else classes.push(token.logprob === null ? "first" : "waiting");
-    if (token.allowedMass !== undefined) classes.push(`m${step(Math.log(token.allowedMass))}`);
     if (token.forced) classes.push("forced");
     cell.className = classes.join(" ");
     const part = partOf(this.run.tokens, index);

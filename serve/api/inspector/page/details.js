@@ -2,9 +2,11 @@
 
 import { bar, make } from "./dom.js";
 import { ORIGINS, count, logprob, percent } from "./format.js";
+import { Sampling } from "./sampled.js";
 import { draw, escapeInvisible, hex, partOf, plain } from "./text.js";
 
 const COLUMNS = ["rank", "token", "probability", "cumulative", "log-prob", "id", "bytes"];
+const SAMPLED = 3; // position of the column with the sampled distribution, if it is shown
 
 export class Details {
   /** `side` is the place of the panel on wide screens; `narrow` a MediaQueryList. */
@@ -17,6 +19,7 @@ export class Details {
     this.run = null;
     this.index = null;
     this.cell = null;
+    this.sampling = new Sampling(() => this.#redrawTable());
     element.addEventListener("keydown", (event) => this.#key(event));
     document.addEventListener("keydown", (event) => event.key === "Escape" && this.unpin());
     narrow.addEventListener("change", () => this.pane && this.#dock());
@@ -96,14 +99,19 @@ export class Details {
   #draw() {
     const token = this.run.tokens[this.index];
     this.#mark(true);
-    this.element.replaceChildren(this.#head(token), this.#facts(token), this.#table(token));
+    const isScored = typeof token.logprob === "number";
+    const parts = isScored ? [this.sampling.root, this.#table(token)] : [];
+    this.element.replaceChildren(this.#head(token), this.#facts(token), ...parts);
   }
 
   #head(token) {
     const kind = `token ${count(this.index)}, ${ORIGINS[token.origin]}${token.special ? ", special" : ""}`;
     const close = make("button", { type: "button", className: "unpin", hidden: !this.pinned, title: "Escape" }, "Unpin");
     close.addEventListener("click", () => this.unpin());
-    return make("div", { className: "head" }, name(token), make("span", { className: "kind" }, kind), close);
+    const tree = make("button", { type: "button", className: "grow", hidden: !this.pane.tree || token.top.length === 0 }, "Tree");
+    tree.title = "Tree of continuations from here";
+    tree.addEventListener("click", () => this.pane.tree.open(this.run, this.index));
+    return make("div", { className: "head" }, name(token), make("span", { className: "kind" }, kind), tree, close);
   }
 
   #facts(token) {
@@ -127,19 +135,30 @@ export class Details {
 
   /** The alternatives in a table that scrolls; the row of the token itself stays in view. */
   #table(token) {
-    if (typeof token.logprob !== "number") return "";
     const isListed = token.top.some((other) => other.id === token.id);
+    const others = isListed ? token.top : [...token.top, token];
+    const sampled = this.sampling.of(others.map((other) => other.logprob));
     let sum = 0;
-    const rows = token.top.map((other) => this.#alternative(other, (sum += Math.exp(other.logprob)), token));
-    if (!isListed) rows.push(this.#alternative(token, null, token));
-    const head = make("tr", {}, ...COLUMNS.map((column) => make("th", { scope: "col" }, column)));
+    const rows = others.map((other, i) => {
+      sum += Math.exp(other.logprob);
+      return this.#alternative(other, other === token ? null : sum, token, sampled?.[i]);
+    });
+    const columns = sampled ? COLUMNS.toSpliced(SAMPLED, 0, "sampled") : COLUMNS;
+    const head = make("tr", {}, ...columns.map((column) => make("th", { scope: "col" }, column)));
     const table = make("table", { className: "alternatives" }, make("thead", {}, head), make("tbody", {}, ...rows));
     table.createCaption().textContent = `${count(token.top.length)} most likely; choose one to continue with it`;
     return make("div", { className: "scroller", tabIndex: 0, role: "group", ariaLabel: "Alternatives" }, table);
   }
 
-  /** A row. `cumulative` is the probability of this token and of all that are more likely; null if not known. */
-  #alternative(other, cumulative, token) {
+  #redrawTable() {
+    this.element.querySelector(".scroller")?.replaceWith(this.#table(this.run.tokens[this.index]));
+  }
+
+  /**
+   * A row. `cumulative` is the probability of this token and of all that are more likely, null if not known; `sampled` that of
+   * drawing it, unless it is undefined.
+   */
+  #alternative(other, cumulative, token, sampled) {
     const { run, index } = this;
     const isOwn = other.id === token.id;
     const rank = count(other.rank);
@@ -157,7 +176,8 @@ export class Details {
       String(other.id),
       make("code", { title: bytes }, bytes),
     ];
-    const row = make("tr", { className: isOwn ? "own" : "" }, ...cells.map((cell) => make("td", {}, cell)));
+    if (sampled !== undefined) cells.splice(SAMPLED, 0, make("span", { className: "p" }, bar(sampled), percent(sampled)));
+    const row = make("tr", { className: `${isOwn ? "own" : ""} ${sampled === 0 ? "excluded" : ""}` }, ...cells.map((cell) => make("td", {}, cell)));
     row.addEventListener("click", () => this.pane.branch(run, index, other));
     return row;
   }

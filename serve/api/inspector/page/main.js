@@ -120,6 +120,7 @@ class Page {
   /** Shows the totals of both panes and their difference. */
   compare() {
     get("welcome").hidden = this.panes.some((pane) => pane.run !== null);
+    this.#showDifferences();
     const [left, right] = this.panes.map((pane) => pane.totals);
     get("comparison").hidden = !left || !right;
     if (left && right) get("comparison").replaceChildren(comparison(left, right));
@@ -130,6 +131,11 @@ class Page {
     this.tabs.select("inspect");
     this.panes[0].open(run);
     this.panes[0].branch(run, index, alternative);
+  }
+
+  #showDifferences() {
+    if (document.documentElement.dataset.colors !== "difference") return;
+    this.panes.forEach((pane, i) => pane.showDifference(this.panes[1 - i]?.run ?? null));
   }
 
   /** Runs an example. */
@@ -199,6 +205,7 @@ class Page {
   #showSettings() {
     const { colors, grammar, grammar_text: text } = get("settings").elements;
     document.documentElement.dataset.colors = this.tabs.current === "inspect" ? colors.value : "surprisal";
+    this.#showDifferences();
     text.hidden = grammar.value === "";
     text.required = !text.hidden;
     text.placeholder = PLACEHOLDERS[grammar.value] ?? "";

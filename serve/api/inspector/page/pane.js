@@ -7,8 +7,10 @@ import { asCsv, asJson, save } from "./export.js";
 import { count } from "./format.js";
 import { Run } from "./run.js";
 import { Sums } from "./sums.js";
+import { TokenTable } from "./table.js";
 import { decode } from "./text.js";
 import { totals } from "./totals.js";
+import { Tree } from "./tree.js";
 import { Work } from "./work.js";
 
 const NAME_LENGTH = 60; // characters of the prompt
@@ -34,6 +36,8 @@ export class Pane {
     this.usesSide = true; // on others
     this.cells = new Cells(this.#part(".cells"), this, page.details);
     this.sums = new Sums(this.root, this.cells);
+    this.table = new TokenTable(this.#part(".token-table"), this.cells);
+    this.tree = new Tree(page, this.#part(".tree"));
     this.#listen();
   }
 
@@ -59,6 +63,12 @@ export class Pane {
 
   stop() {
     this.work.stop();
+  }
+
+  /** Colors the differences to `other`, or to the prompt's own run if this is a branch of it. */
+  showDifference(other) {
+    const base = other ?? (this.run === this.runs[0] ? null : this.runs[0]);
+    if (this.run) this.cells.compare(base);
   }
 
   /** The editor's state, and where the runs are saved. */
@@ -206,6 +216,7 @@ export class Pane {
   #show(run) {
     this.page.details.hideFor(this);
     this.run = run;
+    this.tree.close();
     this.#part(".result").hidden = false;
     this.cells.show(run);
     this.#part(".branches").replaceChildren(...this.runs.map((other) => this.#branchView(other)));
@@ -260,6 +271,7 @@ export class Pane {
     clearTimeout(this.timer);
     this.timer = null;
     this.sums.show(run);
+    this.table.show(run.tokens);
     this.#showStale();
     this.#part(".exports").hidden = false;
     const generates = run.tokens.some((token) => token.origin === "generated");

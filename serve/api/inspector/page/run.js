@@ -87,6 +87,17 @@ export class Run {
     this.seconds = (performance.now() - startTime) / 1000;
   }
 
+  /** The most likely tokens after a text of `ids`. */
+  async following(ids, alternatives, signal) {
+    const body = { prompt_token_ids: ids, max_tokens: 1, temperature: 0, logprobs: true, top_logprobs: alternatives };
+    const found = [];
+    for await (const event of this.server.stream(body, signal)) {
+      this.source = sourceOf(event, this.source);
+      for (const entry of event.choices[0]?.logprobs?.content ?? []) found.push(...entry.top_logprobs);
+    }
+    return found.map((other) => this.#alternative(other));
+  }
+
   /** Index of the first token without numbers, or -1. */
   get #unknown() {
     return this.tokens.findIndex((token) => token.logprob === undefined);

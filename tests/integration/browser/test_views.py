@@ -1,7 +1,12 @@
 """Views of a result: colors, the sampled distribution, the tree of continuations and the table of tokens."""
 
+import json
 import math
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -9,6 +14,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import expect
 
+from serve.jobs.generate import GenerationOptions
 from tests.integration.browser.inspector import Inspector, number
 from tests.support.server_process import ServerProcess
 
@@ -117,3 +123,47 @@ def test_sampled_distribution_and_tree(inspector: Inspector, server: ServerProce
     inspector.screenshot("tree")
     first.click()
     expect(nodes.first).to_be_hidden()
+
+
+def test_copies_and_keys(inspector: Inspector, server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    inspector.open(server.url)
+    inspector.set(temperature=0, max_tokens=4)
+    pane, text = inspector.pane(), f"{PROMPT} \"<&>'"
+    pane.run(text)
+    tokens = pane.exported()["tokens"]
+
+    def copy(kind: str) -> str:
+        pane.form.get_by_label("Copy as").select_option(kind)
+        return pane.root.get_by_label(kind, exact=True).input_value()
+
+    assert json.loads(copy("ids")) == [token["token_id"] for token in tokens]
+    stub = 'curl() { printf "%s\\n" "$1"; cat; }\n'
+    output = subprocess.run(["bash", "-c", stub + copy("curl")], capture_output=True, text=True, check=True).stdout
+    url, _, body = output.partition("\n")
+    answer = httpx2.post(url, json=json.loads(body), timeout=60).json()["choices"][0]
+    assert answer["logprobs"]["token_logprobs"][-4:] == [token["logprob"] for token in tokens[-4:]]
+    calls = list[dict[str, Any]]()
+    module = ModuleType("openai")
+
+    def create(*, extra_body: dict[str, Any], **fields: Any) -> Any:
+        calls.append(fields | extra_body)
+        return SimpleNamespace(to_json=str)
+
+    module.__dict__["OpenAI"] = lambda **_: SimpleNamespace(completions=SimpleNamespace(create=create))
+    monkeypatch.setitem(sys.modules, "openai", module)
+    exec(copy("Python"), {})
+    assert calls == [json.loads(body)]
+    code = copy("LLM")
+    compile(code, "copied", "exec")
+    names = [line.strip().partition("=")[0] for line in code.splitlines() if line.startswith("        ")]
+    assert set(names) >= {"logprobs", "prompt_logprobs", "max_tokens", "temperature"}
+    assert set(names[1:]) <= set(GenerationOptions.model_fields)  # the first is the prompt
+    svg = ET.fromstring(pane.download("Save SVG"))
+    drawn = [each.text or "" for each in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert "".join(drawn[: len(drawn) - 4]) == text
+    inspector.page.mouse.click(5, 5)
+    inspector.page.keyboard.press("?")
+    expect(inspector.page.get_by_role("dialog", name="Keys")).to_be_visible()
+    inspector.screenshot("keys")
+    inspector.page.keyboard.press("Escape")
+    expect(inspector.page.get_by_role("dialog", name="Keys")).to_be_hidden()

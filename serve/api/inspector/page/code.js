@@ -7,11 +7,20 @@ export const STATE = "\uf8ff";
 export const asJson = (body, state, indent) =>
   JSON.stringify(body, null, indent).replace(JSON.stringify(STATE), (mark) => state ?? mark);
 
-export function asCurl(body, state, key) {
-  const url = new URL("v1/decisions", document.baseURI);
+export const asCurl = (body, state, key) => curl("v1/decisions", asJson(body, state, 2), key);
+
+/** A command that posts JSON to a path of the server. */
+export function curl(path, json, key) {
+  const url = new URL(path, document.baseURI);
   const headers = ["Content-Type: application/json", ...(key ? ["Authorization: Bearer $LOGPROBD_API_KEY"] : [])];
   const options = headers.map((header) => `-H "${header}" `).join("");
-  return `curl ${url} ${options}--data-binary @- <<'END'\n${asJson(body, state, 2)}\nEND\n`;
+  return `curl ${url} ${options}--data-binary @- <<'END'\n${json}\nEND\n`;
+}
+
+/** The line of a program that makes a client of the server. */
+export function client(key) {
+  const secret = key ? 'os.environ["LOGPROBD_API_KEY"]' : '"none"';
+  return `client = OpenAI(base_url="${new URL("v1", document.baseURI)}", api_key=${secret})`;
 }
 
 /** A program that uses the package `openai`. Strings, numbers, lists and objects of JSON are also those of Python. */
@@ -25,7 +34,7 @@ export function asPython({ model, input, questions, ...others }, state, key) {
     ...(modules.length ? [""] : []),
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url="${new URL("v1", document.baseURI)}", api_key=${key ? 'os.environ["LOGPROBD_API_KEY"]' : '"none"'})`,
+    client(key),
     "decision = client.decisions.create(",
     ...Object.entries(fields).map(([name, value]) => `    ${name}=${literal(value)},`),
     ")",

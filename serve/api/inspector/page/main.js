@@ -182,6 +182,10 @@ class Page {
       const button = target.closest("button");
       if (button) this.#example(EXAMPLES[button.dataset.example]);
     });
+    get("keys").addEventListener("click", () => get("help").showModal());
+    document.addEventListener("keydown", ({ key, target }) => {
+      if (key === "?" && !target.closest("input, textarea, select, dialog")) get("help").showModal();
+    });
     get("theme").addEventListener("click", () => this.#toggleTheme());
     get("saved-runs").addEventListener("click", async () => {
       await this.saved.toggle();

@@ -3,6 +3,7 @@
 import { Cells } from "./cells.js";
 import { clone, make } from "./dom.js";
 import { Editor } from "./editor.js";
+import { runAsCurl, runAsIds, runAsLlm, runAsPython, runAsSvg } from "./copies.js";
 import { asCsv, asJson, save } from "./export.js";
 import { count } from "./format.js";
 import { Run } from "./run.js";
@@ -157,6 +158,20 @@ export class Pane {
     click(".reply", () => this.#reply());
     click(".json", () => save(asJson(this.run), "tokens.json", "application/json"));
     click(".csv", () => save(asCsv(this.run), "tokens.csv", "text/csv"));
+    click(".svg", () => save(runAsSvg(this.run, this.cells), "tokens.svg", "image/svg+xml"));
+    const copies = { curl: runAsCurl, Python: runAsPython, LLM: runAsLlm, ids: runAsIds };
+    this.#part(".copy").addEventListener("change", ({ target }) => {
+      const [noun, write] = [target.value, copies[target.value]];
+      target.value = "";
+      this.#copy(noun, write(this.run, this.run.source?.model, this.page.server.key()));
+    });
+  }
+
+  /** Shows a text, and copies it if the browser permits. */
+  async #copy(noun, text) {
+    Object.assign(this.#part(".code"), { value: text, hidden: false, ariaLabel: noun });
+    const copied = await navigator.clipboard.writeText(text).then(() => true, () => false);
+    this.page.notify(copied ? `${noun}: in the clipboard.` : `${noun}: copy it from the field below.`);
   }
 
   /** Runs the prompt; `overrides` take precedence over the page's parameters. */
@@ -217,6 +232,7 @@ export class Pane {
     this.page.details.hideFor(this);
     this.run = run;
     this.tree.close();
+    this.#part(".code").hidden = true;
     this.#part(".result").hidden = false;
     this.cells.show(run);
     this.#part(".branches").replaceChildren(...this.runs.map((other) => this.#branchView(other)));

@@ -1,6 +1,6 @@
 """Mutated config.json files: each gives the network of Hugging Face's modules, or is refused by a key's name.
 
-The expected values are from golden/make_configs.py.
+The expected values are from golden/make_configs.py, those of experts from golden/make_expert_configs.py.
 """
 
 import json
@@ -15,7 +15,9 @@ from model.config import ConfigError, LayerKind, ModelConfig
 from model.config_hf import config_from_hf
 from model.rope import Rope
 
-GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "configs.json").read_text("utf-8"))
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN: dict[str, Any] = json.loads((FOLDER / "configs.json").read_text("utf-8"))
+EXPERTS: dict[str, Any] = json.loads((FOLDER / "expert_configs.json").read_text("utf-8"))
 # Of all cases: (accepted here, accepted by transformers).
 COUNTS = {(True, True): 904, (True, False): 56, (False, True): 189, (False, False): 111}
 
@@ -26,8 +28,8 @@ def changed_keys(value: dict[str, Any]) -> set[str]:
     return {*value}.union(*inner)
 
 
-def read(case: dict[str, Any]) -> ModelConfig | ConfigError:
-    config = GOLDEN["bases"][case["base"]] | case["change"]
+def read(case: dict[str, Any], bases: dict[str, Any] = GOLDEN["bases"]) -> ModelConfig | ConfigError:
+    config = bases[case["base"]] | case["change"]
     try:
         return config_from_hf({key: value for key, value in config.items() if key not in case["drop"]})
     except ConfigError as error:
@@ -93,3 +95,27 @@ def test_mutated_configurations_equal_transformers(base: str) -> None:
 def test_most_mutations_that_transformers_takes_are_compared() -> None:
     accepted = Counter((not isinstance(read(case), ConfigError), "error" not in case) for case in GOLDEN["cases"])
     assert accepted == COUNTS
+
+
+@pytest.mark.parametrize("base", EXPERTS["bases"])
+def test_mutated_experts_equal_transformers(base: str) -> None:
+    compared = 0
+    for case in EXPERTS["cases"]:
+        if case["base"] != base:
+            continue
+        result = read(case, EXPERTS["bases"])
+        if isinstance(result, ConfigError):
+            # num_experts and num_local_experts are one key.
+            keys = {key.replace("_local", "") for key in (*case["change"], *case["drop"])}
+            assert "error" in case or any(key in str(result).replace("_local", "") for key in keys), (case, result)
+        else:
+            assert experts_of(result) == case["layers"], case
+            compared += 1
+    assert compared > 10
+
+
+def experts_of(config: ModelConfig) -> list[list[Any] | None]:
+    experts = config.experts
+    assert experts is not None
+    sizes = [experts.count, experts.per_token, experts.size, experts.normalized]
+    return [sizes if kind.is_sparse else None for kind in config.layers]

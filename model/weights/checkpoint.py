@@ -61,8 +61,8 @@ class Checkpoint(Protocol):
     def names(self) -> Mapping[str, TensorInfo]:
         """Every tensor of the language model."""
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """A fresh array of rows start..stop-1 of a tensor: bfloat16 if stored as bfloat16, else float32.
+    def read(self, name: str, start: int = 0, stop: int | None = None, step: int = 1) -> NDArray[Any]:
+        """A fresh array of rows start, start + step, ... below stop: bfloat16 if stored as bfloat16, else float32.
 
         Rows are along axis 0. Of a tensor with more than two axes they are those of all axes but the last one
         together, and the result has two axes; they are of one index of axis 0.
@@ -72,8 +72,8 @@ class Checkpoint(Protocol):
             KeyError: no such tensor.
         """
 
-    def read_blocks(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
-        """Rows start..stop-1 of a matrix in its `TensorInfo.block_format`: [R, bytes of a row]; raises as `read`."""
+    def read_blocks(self, name: str, start: int, stop: int, step: int = 1) -> NDArray[np.uint8]:
+        """The rows of `read` of a matrix in its `TensorInfo.block_format`: [R, bytes of a row]; raises as `read`."""
 
     @property
     def quantizes_activations(self) -> bool:

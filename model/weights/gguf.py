@@ -67,21 +67,21 @@ class GgufCheckpoint:
             for name, tensor in self._tensors.items()
         }
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+    def read(self, name: str, start: int = 0, stop: int | None = None, step: int = 1) -> NDArray[Any]:
         tensor = self._tensors[name]
         values = self._read_rows(name, start, stop)
         if tensor.type_name in _QUANTIZED:
             values = _dequantize(values, GGMLQuantizationType(tensor.type_number))
         elif tensor.type_name == "F16":
             values = values.astype(np.float32)
-        return values.reshape(_rows_of(tensor, start, stop), *tensor.shape[1:][-1:])
+        return values.reshape(_rows_of(tensor, start, stop), *tensor.shape[1:][-1:])[::step]
 
-    def read_blocks(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+    def read_blocks(self, name: str, start: int, stop: int, step: int = 1) -> NDArray[np.uint8]:
         tensor = self._tensors[name]
         blocks = self._read_rows(name, start, stop)
         if tensor.type_name in WIDER_FORMATS:
             blocks = _recoded(blocks, GGMLQuantizationType(tensor.type_number))
-        return blocks.reshape(_rows_of(tensor, start, stop), -1)
+        return blocks.reshape(_rows_of(tensor, start, stop), -1)[::step]
 
     def _read_rows(self, name: str, start: int, stop: int | None) -> NDArray[Any]:
         """Stored values of a tensor's rows, flat. A row consists of full blocks, except in a tensor of one axis."""

@@ -50,10 +50,10 @@ class QuantizedTensor(Protocol):
     def sources(self) -> tuple[str, ...]:
         """Names of the stored tensors that it consists of."""
 
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Values [R, K] of rows start..stop-1, of all axes but the last one together."""
+    def read(self, start: int, stop: int, step: int = 1) -> NDArray[np.float32]:
+        """Values [R, K] of every `step`-th of rows start..stop-1, of all axes but the last one together."""
 
-    def read_blocks(self, start: int, stop: int) -> NDArray[np.uint8]:
+    def read_blocks(self, start: int, stop: int, step: int = 1) -> NDArray[np.uint8]:
         """The same rows as bytes of blocks [R, bytes], their columns in the order of `info`."""
 
 
@@ -70,15 +70,15 @@ class _CodedTensor:
     def has_pairs(self) -> bool:
         return self.info.stored_as.startswith("INT4")
 
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+    def read(self, start: int, stop: int, step: int = 1) -> NDArray[np.float32]:
         rows = self.rows(start, stop)
         codes = _codes(rows.codes, 4)[:, : self.info.shape[1]] if self.has_pairs else rows.codes
         scales = rows.scales[:, self.groups]
         if rows.zeros is None:
-            return np.asarray(_E4M3[codes] * scales)
-        return np.asarray((codes.astype(np.float32) - rows.zeros.astype(np.float32)[:, self.groups]) * scales)
+            return np.asarray(_E4M3[codes] * scales)[::step]
+        return np.asarray((codes.astype(np.float32) - rows.zeros.astype(np.float32)[:, self.groups]) * scales)[::step]
 
-    def read_blocks(self, start: int, stop: int) -> NDArray[np.uint8]:
+    def read_blocks(self, start: int, stop: int, step: int = 1) -> NDArray[np.uint8]:
         rows, block_format, order = self.rows(start, stop), self.info.block_format, self.info.order
         assert block_format is not None
         codes, groups = rows.codes, self.groups
@@ -93,7 +93,7 @@ class _CodedTensor:
         if rows.zeros is not None:
             words = words | rows.zeros[:, groups[:: block_format.block]]
             codes = _halves(codes) if self.has_pairs else codes ^ np.uint8(0x80)
-        return np.concatenate([words[..., None].view(np.uint8), codes], axis=-1).reshape(len(codes), -1)
+        return np.concatenate([words[..., None].view(np.uint8), codes], axis=-1).reshape(len(codes), -1)[::step]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,18 +104,19 @@ class _Mxfp4Tensor:
     sources: tuple[str, ...]
     stored: Read
 
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        values: NDArray[np.float32] = dequantize(self.read_blocks(start, stop), GGMLQuantizationType.MXFP4)
+    def read(self, start: int, stop: int, step: int = 1) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = dequantize(self.read_blocks(start, stop, step), GGMLQuantizationType.MXFP4)
         return values
 
-    def read_blocks(self, start: int, stop: int) -> NDArray[np.uint8]:
+    def read_blocks(self, start: int, stop: int, step: int = 1) -> NDArray[np.uint8]:
         n = self.info.shape[1]
         expert, row, count = start // n, start % n, stop - start
         rows = (slice(expert, -(-stop // n)), slice(row, row + count) if row + count <= n else slice(None))
-        codes, scales = (self.stored(name, *rows) for name in self.sources)
         first = row if row + count > n else 0
+        parts = (self.stored(name, *rows) for name in self.sources)
+        codes, scales = (part.reshape(-1, *part.shape[2:])[first : first + count : step] for part in parts)
         blocks = np.concatenate([scales.reshape(-1, 1), _halves(codes.reshape(-1, 16))], axis=1)
-        return blocks.reshape(-1, 17 * scales.shape[2])[first : first + count]
+        return blocks.reshape(-1, 17 * scales.shape[1])
 
 
 def _pairs(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -126,10 +127,11 @@ def _pairs(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _halves(pairs: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Codes [..., B/2] as of `_pairs` as blocks have them: of each 32 the first 16 in the low halves of 16 bytes."""
-    groups = pairs.reshape(*pairs.shape[:-1], -1, 2, 8)
-    first, second, halves = groups[..., 0, :], groups[..., 1, :], np.empty((*groups.shape[:-2], 8, 2), np.uint8)
-    halves[..., 0] = first & 0x0F | second << 4
-    halves[..., 1] = first >> 4 | second & 0xF0
+    words = np.ascontiguousarray(pairs).reshape(-1).view(np.uint64)  # of eight bytes, which are copied together
+    first, second = (words[half::2].copy().view(np.uint8) for half in (0, 1))
+    halves = np.empty((first.size, 2), np.uint8)
+    halves[:, 0] = first & 0x0F | second << 4
+    halves[:, 1] = first >> 4 | second & 0xF0
     return halves.reshape(pairs.shape)
 
 

@@ -113,10 +113,10 @@ class SafetensorsCheckpoint:
     def names(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+    def read(self, name: str, start: int = 0, stop: int | None = None, step: int = 1) -> NDArray[Any]:
         shape = self._tensors[name].shape
         if name in self._quantized:
-            return self._quantized[name].read(start, math.prod(shape[:-1]) if stop is None else stop)
+            return self._quantized[name].read(start, math.prod(shape[:-1]) if stop is None else stop, step)
         if len(shape) > 2:
             first, row = divmod(start, shape[1])
             rows = slice(row, shape[1] if stop is None else row + stop - start)
@@ -126,10 +126,11 @@ class SafetensorsCheckpoint:
                 values = self._read(name, slice(first, first + 1), rows).reshape(-1, shape[-1])
         else:
             values = self._read(name, slice(start, stop))
+        values = values if step == 1 else np.ascontiguousarray(values[::step])
         return values.astype(np.float32) if values.dtype == np.float16 else values
 
-    def read_blocks(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
-        return self._quantized[name].read_blocks(start, stop)
+    def read_blocks(self, name: str, start: int, stop: int, step: int = 1) -> NDArray[np.uint8]:
+        return self._quantized[name].read_blocks(start, stop, step)
 
     def _is_transposed(self, name: str) -> bool:
         experts = self.config.traits.experts

@@ -30,18 +30,17 @@ class Part:
         """Bytes of the part in the file(s)."""
         return stored[self.name].nbytes * math.prod(self.shape) / max(1, math.prod(self.stored))
 
-    def read(self, read: Callable[[str, int, int], NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
+    def read(self, read: Callable[[str, int, int, int], NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
         """Rows start..stop-1, from a method that reads rows of a tensor."""
         if self.transposed:
-            columns = read(self.name, self.first, self.first + self.shape[1])
+            columns = read(self.name, self.first, self.first + self.shape[1], 1)
             return np.ascontiguousarray(columns.T[start:stop])
         first, last = self.first + start * self.step, self.first + (stop - 1) * self.step
         if len(self.stored) > len(self.shape) == 1:  # a vector inside a row
             row, first = divmod(first, self.stored[-1])
-            values = read(self.name, row, row + 1).reshape(-1)[first : first + (stop - start - 1) * self.step + 1]
-        else:
-            values = read(self.name, first, last + 1)
-        return values if self.step == 1 else np.ascontiguousarray(values[:: self.step])
+            values = read(self.name, row, row + 1, 1).reshape(-1)
+            return np.ascontiguousarray(values[first : first + (stop - start - 1) * self.step + 1 : self.step])
+        return read(self.name, first, last + 1, self.step)
 
 
 @dataclass(frozen=True, slots=True)

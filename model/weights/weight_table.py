@@ -199,7 +199,9 @@ class _Reader:
         info = self._stored[part.name]
         return info.order if info.block_format == block_format else None
 
-    def _read(self, part: Part, read: Callable[[str, int, int], NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
+    def _read(
+        self, part: Part, read: Callable[[str, int, int, int], NDArray[Any]], start: int, stop: int
+    ) -> NDArray[Any]:
         try:
             run = part.read(read, start, stop)
         except ModelLoadError as error:

@@ -11,9 +11,10 @@ from compiled.shapes import make_buckets
 from serve.config.flags import parse_args
 from serve.server.model_files import StartupError, api_name, check_tokenizer, resolve_max_logprobs
 from serve.server.startup import load, system_fingerprint
-from tests.server.test_bad_models import directory
+from tests.server.test_bad_models import directory, write_tokenizer
 from tests.support.http_client import END, byte_tokenizer
 from tests.support.scoring import RecordingReporter
+from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 
 
 def fingerprint(*flags: str, kernels: tuple[str, ...] = ()) -> str:
@@ -78,6 +79,16 @@ def test_load_makes_the_planned_cache(tmp_path: Path, compilation_cache: Path) -
     assert events["memory_planned"].fields["cache"] == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert events["model_found"].fields["kv_cache_dtype"] == "bfloat16"
     assert "float32 with a bfloat16 cache" in events["model_found"].line
+
+
+def test_latent_attention_is_not_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = tiny_configs()["deepseek2"]
+    write_checkpoint(tmp_path, hf, random_weights(hf, 1))
+    write_tokenizer(tmp_path, 40)
+    monkeypatch.setattr("serve.server.startup._mesh", lambda _: None)  # this process has one device
+    config = parse_args((str(tmp_path), "--tensor-parallel-size", "2", "--compilation-cache-dir", str(tmp_path)))
+    with pytest.raises(StartupError, match="--tensor-parallel-size 2: multi-head latent attention is not sharded"):
+        load(config, RecordingReporter())
 
 
 @pytest.mark.parametrize("eos", [-1, 300])

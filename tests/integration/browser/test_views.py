@@ -167,3 +167,40 @@ def test_copies_and_keys(inspector: Inspector, server: ServerProcess, monkeypatc
     inspector.screenshot("keys")
     inspector.page.keyboard.press("Escape")
     expect(inspector.page.get_by_role("dialog", name="Keys")).to_be_hidden()
+
+
+def test_curve_selects_a_range_and_template_tokens_fold(inspector: Inspector, server: ServerProcess) -> None:
+    inspector.open(server.url)
+    inspector.set(temperature=0, max_tokens=4)
+    pane = inspector.pane()
+    pane.root.get_by_label("chat").check()
+    pane.root.get_by_label("Message", exact=True).fill("Why is the sky blue?")
+    pane.run()
+    tokens = pane.exported()["tokens"]
+    curve = pane.root.locator(".curve")
+    curve.scroll_into_view_if_needed()
+    box = curve.bounding_box()
+    assert box is not None
+    mouse, y = inspector.page.mouse, box["y"] + 20
+    mouse.move(box["x"] + 1, y)
+    mouse.down()
+    mouse.move(box["x"] + box["width"] - 1, y)
+    mouse.up()
+    expect(pane.root.locator(".brushed")).to_have_count(len(tokens) - 1)  # all that have numbers
+    total = sum(token["logprob"] for token in tokens[1:])
+    text = pane.root.locator(".range").inner_text()
+    assert text.startswith(f"Tokens 1 to {len(tokens) - 1}: log-prob ")
+    assert number(text.split("log-prob ")[1].split(", ")[0]) == pytest.approx(total, abs=1e-3)
+    mouse.click(box["x"] + 1, y)
+    expect(pane.root.locator(".brushed")).to_have_count(0)
+    expect(pane.cells.nth(1)).to_be_focused()
+    pane.root.get_by_label("fold the template").check()
+    content = [token for token in tokens if token["origin"] == "generated"]
+    words = [each for each in tokens if each["text"].strip() in {"Why", "is", "the", "sky", "blue", "?"}]
+    assert "".join(word["text"] for word in words) == "Why is the sky blue?"
+    columns = pane.totals()
+    assert [int(value) for value in columns["tokens"]] == [6, len(content), 6 + len(content)]
+    assert number(columns["log-prob, sum"][0]) == pytest.approx(sum(word["logprob"] for word in words), abs=1e-3)
+    inspector.screenshot("folded")
+    pane.root.get_by_label("fold the template").uncheck()
+    assert int(pane.totals()["tokens"][2]) == len(tokens)

@@ -1,14 +1,11 @@
-// The summary below a run's cells: totals, the log-prob curve, the most surprising tokens and a histogram of ranks.
+// The summary below a run's cells: totals, the curve of log-probs, the most surprising tokens and a histogram of ranks.
 
+import { Curve } from "./curve.js";
 import { bar, make, row } from "./dom.js";
 import { count, logprob, number, percent } from "./format.js";
 import { draw } from "./text.js";
-import { RANKS, curve, mostSurprising, rankHistogram, totals } from "./totals.js";
+import { RANKS, mostSurprising, rankHistogram, templateTokens, totals } from "./totals.js";
 
-const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 600;
-const HEIGHT = 80;
-const DEEPEST = -12; // nats: lower log-probs are drawn here
 const SURPRISING = 10;
 
 /** Rows of the table of totals: label, key of totals(), format. */
@@ -37,38 +34,30 @@ export class Sums {
   constructor(root, cells) {
     this.root = root;
     this.cells = cells;
+    this.curve = new Curve(root.querySelector(".curve-box"), cells);
+    this.run = null;
+    this.fold = root.querySelector(".fold input");
+    this.fold.addEventListener("change", () => this.show(this.run));
   }
 
-  show({ tokens }) {
+  show(run) {
+    this.run = run;
+    const isTemplate = run.prompt.messages ? templateTokens(run.tokens, run.prompt.messages) : [];
+    this.root.querySelector(".fold").hidden = !isTemplate.includes(true);
+    this.cells.element.classList.toggle("folded", this.fold.checked);
+    isTemplate.forEach((flag, i) => this.cells.cell(i).classList.toggle("template", flag));
+    this.#show(this.fold.checked ? run.tokens.filter((_, i) => !isTemplate[i]) : run.tokens);
+    this.curve.show(run.tokens);
+    this.#showSurprising(run.tokens);
+    this.#showRanks(run.tokens);
+  }
+
+  /** Shows the totals of these tokens. */
+  #show(tokens) {
     const generated = tokens.filter((token) => token.origin === "generated");
     const columns = [tokens.filter((token) => token.origin !== "generated"), generated, tokens].map(totals);
     const rows = ROWS.map(([label, key, format]) => row("td", [label, ...columns.map((sums) => format(sums[key]))]));
     this.root.querySelector(".totals tbody").replaceChildren(...rows);
-    this.#showCurve(tokens);
-    this.#showSurprising(tokens);
-    this.#showRanks(tokens);
-  }
-
-  /** Draws the log-prob curve. A click focuses the least likely token of the stretch that was clicked. */
-  #showCurve(tokens) {
-    const svg = this.root.querySelector(".curve");
-    const points = curve(tokens, WIDTH / 2);
-    const x = (i) => (points.length > 1 ? (i * WIDTH) / (points.length - 1) : WIDTH / 2);
-    const y = (value) => (HEIGHT * Math.max(value, DEEPEST)) / DEEPEST;
-    const line = (key) => points.map((point, i) => `${i ? "L" : "M"}${x(i).toFixed(1)} ${y(point[key]).toFixed(1)}`).join("");
-    const title = shape("title", {}, `Log-prob per token, from 0 (top) to ${DEEPEST} or less (bottom)`);
-    const grid = [-2, -4, -6, -8, -10].map((value) => shape("path", { class: "grid", d: `M0 ${y(value)}H${WIDTH}` }));
-    const lines = ["low", "mean"].map((key) => shape("path", { class: key, d: line(key) }));
-    svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
-    svg.replaceChildren(title, ...grid, ...lines);
-    const nearest = (event) => {
-      const box = svg.getBoundingClientRect();
-      return points[Math.round(((event.clientX - box.left) / box.width) * (points.length - 1))];
-    };
-    svg.onclick = (event) => points.length && this.cells.focus(nearest(event).index);
-    svg.onpointermove = (event) => {
-      if (points.length) title.textContent = `token ${count(nearest(event).index)}: ${logprob(nearest(event).low)}`;
-    };
   }
 
   /** Reuses the buttons of earlier calls, so that none loses the focus or a click while tokens arrive. */
@@ -97,11 +86,4 @@ export class Sums {
     });
     this.root.querySelector(".histogram").replaceChildren(...items);
   }
-}
-
-function shape(tag, attributes, text = "") {
-  const element = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.textContent = text;
-  return element;
 }

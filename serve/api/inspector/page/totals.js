@@ -25,6 +25,26 @@ export function totals(tokens) {
   };
 }
 
+/**
+ * Whether each token of a chat belongs to its template: it is special, or part of the prompt without a byte of a message.
+ * Messages are searched in order; one that the template changes counts as template.
+ */
+export function templateTokens(tokens, messages) {
+  const ends = [];
+  tokens.forEach(({ bytes }) => ends.push((ends.at(-1) ?? 0) + bytes.length));
+  const text = tokens.map(({ bytes }) => String.fromCharCode(...bytes)).join(""); // a character per byte
+  const ranges = [];
+  for (const { content } of messages) {
+    const wanted = Array.from(new TextEncoder().encode(content.trim()), (byte) => String.fromCharCode(byte)).join("");
+    const start = wanted ? text.indexOf(wanted, ranges.at(-1)?.end ?? 0) : -1;
+    if (start >= 0) ranges.push({ start, end: start + wanted.length });
+  }
+  return tokens.map(({ origin, special, bytes }, i) => {
+    const overlaps = ranges.some(({ start, end }) => ends[i] > start && ends[i] - bytes.length < end);
+    return special || (origin === "prompt" && !overlaps);
+  });
+}
+
 /** Indexes of the `count` tokens with the lowest log-probs, lowest first. */
 export function mostSurprising(tokens, count) {
   return indexed(tokens)

@@ -143,7 +143,11 @@ _OPERATIONS = (
         (GenerativeScoringRequest,),
         responses.GenerativeScoringAnswer,
     ),
-    _Operation("/v1/models", "List the served models", answer=responses.ModelList),
+    _Operation(
+        "/v1/models",
+        "List the served models; `sampling_defaults` has the values of fields that a request omits",
+        answer=responses.ModelList,
+    ),
     _Operation("/v1/models/{id}", "Describe a model", answer=responses.ModelCard, errors=(401, 404)),
     _Operation(
         "/tokenize", "Tokenize a text or a chat", (TokenizeTextRequest, TokenizeChatRequest), responses.Tokenized

@@ -1,5 +1,7 @@
 """Multi-head latent attention: GGUF files in both forms, the cache, and what is refused."""
 
+import json
+from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +21,12 @@ from model.sharding import TensorParallel
 from model.weights.checkpoint import Checkpoint, ModelLoadError
 from model.weights.source import ModelSource
 from model.weights.weight_table import Storage, check_headers, load_weights, open_checkpoint
-from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
+from tests.support.tiny import latent_configs, random_weights, tiny_configs, write_checkpoint
 
 type Tensors = dict[str, NDArray[np.float32]]
 CASES = ["deepseek2", "deepseek3"]
+# Of mutated configurations: (accepted here, accepted by transformers).
+COUNTS = {(True, True): 72, (True, False): 2, (False, True): 61, (False, False): 15}
 
 
 def loaded(checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
@@ -202,3 +206,35 @@ def test_layers_with_experts_follow_the_configuration() -> None:
     assert sparse("deepseek3", num_hidden_layers=4, first_k_dense_replace=2) == [False, False, True, True]
     assert sparse("glm4_moe_lite", num_hidden_layers=3) == [False, True, True]
     assert sparse("glm4_moe_lite", mlp_layer_types=["sparse", "dense"]) == [True, False]
+
+
+def test_mutated_configurations_give_the_network_of_transformers() -> None:
+    counts: Counter[tuple[bool, bool]] = Counter()  # accepted here, accepted by transformers
+    for case in json.loads((Path(__file__).parent / "golden" / "latent_configs.json").read_text("utf-8")):
+        try:
+            config = config_from_hf(latent_configs()[case["name"]] | case["change"])
+        except ConfigError:
+            counts[False, "error" not in case] += 1
+            continue
+        counts[True, "error" not in case] += 1
+        if "error" not in case:
+            check_network(config, case)
+    assert counts == COUNTS
+
+
+def check_network(config: ModelConfig, case: dict[str, Any]) -> None:
+    """Compare a configuration with what transformers makes of it."""
+    rope = config.layers[0].rope
+    assert rope is not None
+    frequencies = rope.theta ** -(np.arange(0, rope.dims, 2) / rope.dims) / (rope.divisors or 1)
+    np.testing.assert_allclose(frequencies, case["frequencies"], rtol=1e-5, err_msg=str(case))
+    assert rope.scale == pytest.approx(case["rotary_scale"], rel=1e-6), case
+    assert config.attention_scale == pytest.approx(case["scale"], rel=1e-6), case
+    assert [kind.is_sparse for kind in config.layers] == case["sparse"], case
+    if case["router"] is not None:
+        experts = config.experts
+        assert experts is not None
+        *router, is_normalized = case["router"]
+        ours = [experts.count, experts.per_token, experts.scale, experts.groups, experts.open_groups]
+        assert ours == router, case
+        assert experts.normalized == bool(is_normalized), case

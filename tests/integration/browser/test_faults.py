@@ -126,7 +126,7 @@ def test_too_long_prompt_is_an_error(inspector: Inspector, fake: tuple[str, Serv
     inspector.screenshot("error")
     inspector.set(temperature=3)
     pane.button("Run").click()
-    assert inspector.page.get_by_label("temperature").evaluate("input => !input.validity.valid")
+    assert inspector.page.get_by_label("temperature", exact=True).evaluate("input => !input.validity.valid")
 
 
 def test_server_restart_reconnects(inspector: Inspector) -> None:

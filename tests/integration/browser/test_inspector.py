@@ -369,7 +369,7 @@ def test_link_restores_the_form_and_runs_nothing(page: Inspector, context: Brows
     other = Inspector(context.new_page())
     other.open(page.page.url)
     assert other.pane().prompt.input_value() == "Shared: ünï 😊"
-    assert other.page.get_by_label("top p").input_value() == "0.5"
+    assert other.page.get_by_label("top p", exact=True).input_value() == "0.5"
     expect(other.pane().cells).to_have_count(0)
     other.page.goto(page.page.url[:-4])
     expect(other.page.locator("#notice")).to_contain_text("damaged")
@@ -380,7 +380,7 @@ def test_reload_keeps_the_form(page: Inspector) -> None:
     page.pane().prompt.fill("not lost")
     page.page.reload()
     assert page.pane().prompt.input_value() == "not lost"
-    assert page.page.get_by_label("max tokens").input_value() == "8"
+    assert page.page.get_by_label("max tokens", exact=True).input_value() == "8"
 
 
 def test_edits_after_a_link_are_kept(page: Inspector) -> None:

@@ -14,6 +14,7 @@ import platform
 import re
 import stat
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -99,6 +100,7 @@ class ModelPrograms:
         self._subject = _digest_of(subject)
         self._devices = devices
         self._is_unwritable = False
+        self._warning = threading.Lock()  # programs are compiled on several threads
         self._environment = _environment()
         self._key = _digest_of(self._subject, _sources(), self._environment)
 
@@ -159,9 +161,10 @@ class ModelPrograms:
             with suppress(FileNotFoundError):  # another process has started and removed it
                 unfinished.replace(path)
         except OSError as error:  # a full disk, or a read-only file system
-            if not self._is_unwritable:
-                _warn_of_compilation(self._directory, error)
-            self._is_unwritable = True
+            with self._warning:
+                if not self._is_unwritable:
+                    _warn_of_compilation(self._directory, error)
+                self._is_unwritable = True
 
     def _digest(self, lowered: Lowered) -> str:
         """Of the text, and of the arguments: the text lacks those that the program does not use."""

@@ -46,7 +46,7 @@ class Experts:
     normalized: bool  # the weights of a token's experts add up to 1, before they are scaled
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     groups: int = 1  # of consecutive experts
-    open_groups: int = 1  # a token is routed to experts of its best groups alone, which are so many
+    open_groups: int = 1  # number of groups, the best ones, whose experts a token may be routed to
     scale: float = 1.0  # of the weights
     shared_size: int = 0  # SF, features of an MLP that is added for every token; 0: none
 

@@ -191,7 +191,7 @@ def test_work_of_prefill_and_score() -> None:
 
 def test_work_of_experts() -> None:
     """One token uses 8 of 128 experts, 16 tokens 82.4 in the mean."""
-    config = json.loads(Path("examples/configs/Qwen3-30B-A3B/config.json").read_text("utf-8"))
+    config = json.loads((QWEN.parents[1] / "Qwen3-30B-A3B" / "config.json").read_text("utf-8"))
     model = abstract_model(config_from_hf(config), "bfloat16")
     one, many = (work_of(model, DecodeShape(rows, 64), context=0) for rows in (1, 16))
     assert one is not None
